@@ -1,0 +1,1 @@
+"""Generators: image tokens from text or class labels."""

@@ -1,0 +1,1 @@
+"""The decoding core: sampling shared by every generator."""
