@@ -1,0 +1,1 @@
+"""Training: one accelerate-based loop, and the recipes that made the embedded models."""
