@@ -12,10 +12,11 @@ MAX_PROMPT_TOKENS = 16
 def train_caption_tokenizer(
     captions: Iterable[str], vocab_size: int = 4096, max_length: int = MAX_PROMPT_TOKENS
 ) -> PreTrainedTokenizerFast:
-    """Learn a WordPiece vocabulary from `captions`; the tokenizer pads on the left, as LlamaGen's text features need it."""
+    """Learn a WordPiece vocabulary from `captions`; the tokenizer pads on the left, as LlamaGen needs it."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>", max_input_chars_per_word=40))  # type: ignore[call-arg]
+    pad, unknown = "<pad>", "<unk>"
+    tokenizer = Tokenizer(models.WordPiece(unk_token=unknown, max_input_chars_per_word=40))  # type: ignore[call-arg]
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.NFKD(),
@@ -26,13 +27,15 @@ def train_caption_tokenizer(
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>", "<unk>"], initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789")
+        vocab_size=vocab_size,
+        special_tokens=[pad, unknown],
+        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789"),
     )
     tokenizer.train_from_iterator(captions, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<unk>",
+        pad_token=pad,
+        unk_token=unknown,
         padding_side="left",
         truncation_side="right",
         model_max_length=max_length,

@@ -135,12 +135,12 @@ def _fetch_package(package: EmojiPackage, folder: Path) -> Path:
     if not target.exists():
         if shutil.which("npm") is None:
             raise DataError(
-                f"npm is needed to fetch {package.npm_name}@{package.version} and was not found on PATH. Install Node.js "
-                f"(for example `apt-get install npm`), or place the tarball at {target}."
+                f"npm is needed to fetch {package.npm_name}@{package.version} and was not found on PATH. Install "
+                f"Node.js (for example `apt-get install npm`), or place the tarball at {target}."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        run = subprocess.run(
-            ["npm", "pack", f"{package.npm_name}@{package.version}", "--pack-destination", str(folder)],
+        run = subprocess.run(  # noqa: S603 - the arguments are the constants above
+            ["npm", "pack", f"{package.npm_name}@{package.version}", "--pack-destination", str(folder)],  # noqa: S607
             capture_output=True,
             text=True,
             check=False,
@@ -151,8 +151,8 @@ def _fetch_package(package: EmojiPackage, folder: Path) -> Path:
     if digest != package.sha512:
         target.unlink()
         raise DataError(
-            f"{target.name} has SHA-512 {digest[:16]}..., expected {package.sha512[:16]}...: it was damaged or replaced, "
-            "and has been removed. Fetch it again."
+            f"{target.name} has SHA-512 {digest[:16]}..., expected {package.sha512[:16]}...: it was damaged or "
+            "replaced, and has been removed. Fetch it again."
         )
     return target
 
@@ -187,7 +187,7 @@ def _percent(text: str) -> int:
 
 
 def split_of(hexcode: str, style: str) -> str:
-    """`test` for 5% of the emoji in every style, `pair` for 5% of the other emoji x style combinations, else `train`."""
+    """Return `test` for 5% of the emoji in every style, `pair` for 5% of the other combinations, else `train`."""
     base = base_code_point(hexcode)
     if _percent(f"test {base}") < TEST_PERCENT:
         return "test"
@@ -239,6 +239,9 @@ def _read_meanings(archive_path: Path) -> tuple[dict[str, _Meaning], dict[str, s
 # ---------------------------------------------------------------- rasterising
 
 
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+
+
 def _rasterise_svg(svg: str, size: int) -> Image.Image:
     try:
         import resvg_py
@@ -269,7 +272,7 @@ def _iconify_images(
         width = icon.get("width", icons.get("width", 16))
         height = icon.get("height", icons.get("height", 16))
         box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-        svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{icon["body"]}</svg>'
+        svg = f'<svg xmlns="{_SVG}" xmlns:xlink="{_XLINK}" viewBox="{box}">{icon["body"]}</svg>'
         yield key, _rasterise_svg(svg, size)
 
 
@@ -305,13 +308,21 @@ def build_emoji_dataset(cache_dir: str | Path | None = None, size: int = IMAGE_S
         for name, path in archives.items():
             style = PACKAGES[name].style
             source = (
-                _webp_images(path, meanings, size) if name == "fluent-3d" else _iconify_images(path, meanings, slugs, size)
+                _webp_images(path, meanings, size)
+                if name == "fluent-3d"
+                else _iconify_images(path, meanings, slugs, size)
             )
             for key, image in source:
                 meaning = meanings[key]
                 records.append(
                     EmojiRecord(
-                        key, base_code_point(key), meaning.label, meaning.tags, meaning.group, style, split_of(key, style)
+                        key,
+                        base_code_point(key),
+                        meaning.label,
+                        meaning.tags,
+                        meaning.group,
+                        style,
+                        split_of(key, style),
                     )
                 )
                 images.append(np.asarray(image))
@@ -332,10 +343,11 @@ def build_emoji_dataset(cache_dir: str | Path | None = None, size: int = IMAGE_S
 
 
 class EmojiDataset:
-    """Images `(3, 64, 64)` in [0, 1] on white, with captions.
+    """Images `(num_images, 64, 64, 3)` uint8 on white, with what is known of each.
 
     Args:
-        split: `train`, `pair` (unseen emoji x style combinations of emoji seen in other styles) or `test` (unseen emoji).
+        split: `train`, `pair` (unseen emoji x style combinations of emoji seen in other styles) or `test` (unseen
+            emoji).
         styles: keep only these styles (default: all seven).
         cache_dir: where the built data set lies; it is built there when absent.
 
@@ -353,25 +365,34 @@ class EmojiDataset:
             if style not in STYLES:
                 raise unknown_name("style", style, list(STYLES))
         folder = build_emoji_dataset(cache_dir)
-        everything = [EmojiRecord(**{**r, "tags": tuple(r["tags"])}) for r in json.loads((folder / "records.json").read_text())]
+        everything = [
+            EmojiRecord(**{**r, "tags": tuple(r["tags"])}) for r in json.loads((folder / "records.json").read_text())
+        ]
         rows = [i for i, r in enumerate(everything) if r.split == split and (styles is None or r.style in styles)]
         self.records = [everything[i] for i in rows]
-        rgba = np.load(folder / "images.npy", mmap_mode="r")[rows].astype(np.float32)
-        alpha = rgba[..., 3:] / 255.0
-        self.images: np.ndarray = np.round(rgba[..., :3] * alpha + 255.0 * (1.0 - alpha)).astype(np.uint8)
+        self.images: np.ndarray = on_white(np.load(folder / "images.npy", mmap_mode="r")[rows])
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.records)
 
     def caption(self, index: int, rng: random.Random | None = None) -> str:
-        """Return `"label, style"`; with `rng`, a random training caption with some tags, sometimes without the style."""
-        record = self.records[index]
-        return caption_of(record, rng)
+        """Return the caption of one image; see `caption_of`."""
+        return caption_of(self.records[index], rng)
+
+
+def on_white(rgba: np.ndarray) -> np.ndarray:
+    """Composite uint8 `(..., 4)` on white, in integers: the same bytes on every machine."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def caption_of(record: EmojiRecord, rng: random.Random | None = None) -> str:
-    """Write a caption: the label, some of the tags in random order, the style (`specs`: tags and style may be absent)."""
+    """Write a caption: `"label, style"`, or with `rng` a random one for training.
+
+    Half of the random captions have one to three of the tags, in random order, some of these no label; 70% name the
+    style.
+    """
     if rng is None:
         return f"{record.label}, {record.style}"
     parts = [record.label]

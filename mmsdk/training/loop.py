@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 class TrainingConfig:
     """Hyper-parameters that every recipe shares.
 
-    The learning rate warms up linearly, stays, and falls linearly to zero over the last `decay_fraction` of `steps`: a run
-    can be resumed with more steps, and only its tail is spent on the decay.
+    The learning rate warms up linearly, stays, and falls linearly to zero over the last `decay_fraction` of `steps`: a
+    run can be resumed with more steps, and only its tail is spent on the decay.
 
     Attributes:
         steps: optimizer steps in all.
@@ -90,29 +90,29 @@ class Recipe(ABC):
         """Return the batch of `step`; everything random in it is drawn from `rng`, which is seeded by the step."""
 
     @abstractmethod
-    def loss(self, module: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, module: Any, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar loss and detached scalars to log."""
 
     @abstractmethod
-    def evaluate(self, module: nn.Module, folder: Path) -> dict[str, float]:
+    def evaluate(self, module: Any, folder: Path) -> dict[str, float]:
         """Measure `module` (EMA weights) on held-out data; may write sample sheets into `folder`."""
 
     @abstractmethod
-    def save(self, module: nn.Module, folder: Path) -> None:
+    def save(self, module: Any, folder: Path) -> None:
         """Write the trained model (EMA weights) in the format that users load."""
 
-    def muon_parameters(self, module: nn.Module) -> list[nn.Parameter]:
+    def muon_parameters(self, module: Any) -> list[nn.Parameter]:
         """Return the hidden matrices for Muon (none by default)."""
         return []
 
-    def after_step(self, module: nn.Module, step: int) -> None:  # noqa: B027 - an optional hook
+    def after_step(self, module: Any, step: int) -> None:  # noqa: B027 - an optional hook
         """Run after each optimizer step (for example to revive unused codes)."""
 
 
 class _LossModule(nn.Module):
     """The module with the recipe's loss as its `forward`, so that accelerate wraps plain tensors only."""
 
-    def __init__(self, recipe: Recipe, module: nn.Module) -> None:
+    def __init__(self, recipe: Recipe, module: Any) -> None:
         super().__init__()
         self.recipe = recipe
         self.module = module
@@ -134,7 +134,7 @@ class _Progress:
         self.step = state["step"]
 
 
-def _optimizers(recipe: Recipe, module: nn.Module) -> list[torch.optim.Optimizer]:
+def _optimizers(recipe: Recipe, module: Any) -> list[torch.optim.Optimizer]:
     config = recipe.config
     hidden = recipe.muon_parameters(module) if config.muon_learning_rate > 0 else []
     chosen = {id(p) for p in hidden}
@@ -225,10 +225,10 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = True, max_seconds: 
         progress.step += 1
         bar.update()
         if progress.step % 50 == 0:
-            record = {"step": progress.step, "loss": float(loss), "grad_norm": float(norm)}
+            record = {"step": progress.step, "loss": float(loss.detach()), "grad_norm": float(norm)}
             record |= {k: float(v) for k, v in metrics.items()} | {"seconds": round(time.monotonic() - started, 1)}
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"{recipe.name}: the loss is {float(loss)} at step {progress.step}.")
+                raise FloatingPointError(f"{recipe.name}: the loss is {record['loss']} at step {progress.step}.")
             bar.set_postfix(loss=f"{record['loss']:.4f}")
             _append_json_line(folder / "metrics.jsonl", record)
         stop = max_seconds is not None and time.monotonic() - started > max_seconds
@@ -243,11 +243,11 @@ def train(recipe: Recipe, folder: str | Path, resume: bool = True, max_seconds: 
     return folder / "model"
 
 
-def _trainable(module: nn.Module) -> Iterable[nn.Parameter]:
+def _trainable(module: Any) -> Iterable[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-def _evaluate(recipe: Recipe, module: nn.Module, ema: EMAModel, folder: Path, step: int) -> None:
+def _evaluate(recipe: Recipe, module: Any, ema: EMAModel, folder: Path, step: int) -> None:
     """Measure and save the averaged weights, then put the trained ones back. The random state is left as it was."""
     module.eval()
     ema.store(module.parameters())
