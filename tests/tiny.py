@@ -1,0 +1,83 @@
+"""Tiny real models, built in milliseconds, that the tests share."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from generators.llamagen import LlamaGen
+from generators.pipelines import ARImagePipeline
+from mmsdk.data.captions import train_caption_tokenizer
+from mmsdk.training.generator_recipes import tiny_text_encoder
+from tokenizers_img.base import ImageTokenizer
+from tokenizers_img.one_d_piece import OneDPiece
+from tokenizers_img.vq import VQ
+
+CONDITION_TOKENS = 6
+
+
+def tiny_vq(seed: int = 0) -> VQ:
+    """4 x 4 tokens of a codebook of 32 for 16 x 16 images."""
+    torch.manual_seed(seed)
+    return VQ(
+        channels=8,
+        channel_mult=(1, 1, 2),
+        num_res_blocks=1,
+        z_channels=8,
+        codebook_size=32,
+        codebook_dim=4,
+        image_size=16,
+        norm_num_groups=4,
+    ).eval()
+
+
+def tiny_one_d_piece(seed: int = 0) -> OneDPiece:
+    """8 tokens of a codebook of 32 for 16 x 16 images, any prefix of which decodes."""
+    torch.manual_seed(seed)
+    return OneDPiece(
+        image_size=16,
+        patch_size=4,
+        num_latent_tokens=8,
+        encoder_shape=(16, 1, 2),
+        decoder_shape=(16, 1, 2),
+        codebook_size=32,
+        token_size=4,
+        is_legacy=False,
+    ).eval()
+
+
+def caption_tokenizer() -> PreTrainedTokenizerFast:
+    """Knows a few words, and every letter."""
+    return train_caption_tokenizer(["red heart", "green apple", "cat face", "pizza"] * 3, 120, CONDITION_TOKENS)
+
+
+def randomised(transformer: LlamaGen, seed: int = 0) -> LlamaGen:
+    """Give the output layer, which starts at zero, weights that make every token depend on what came before."""
+    torch.manual_seed(seed)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return transformer.eval()
+
+
+def tiny_pipeline(image_tokenizer: ImageTokenizer | None = None, condition: str = "text") -> ARImagePipeline:
+    """A pipeline with random weights over `tiny_vq` (default) or another tokenizer."""
+    image_tokenizer = image_tokenizer or tiny_vq()
+    torch.manual_seed(1)
+    captions = caption_tokenizer() if condition == "text" else None
+    text_encoder = tiny_text_encoder(len(captions), dim=16, num_layers=1).eval() if captions else None
+    transformer = LlamaGen(
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        multiple_of=8,
+        codebook_size=32,
+        max_tokens=image_tokenizer.max_tokens,
+        condition=condition,
+        num_classes=None if condition == "text" else 5,
+        caption_dim=16 if condition == "text" else None,
+        num_condition_tokens=CONDITION_TOKENS if condition == "text" else 1,
+        positions="learned",
+    )
+    pipeline = ARImagePipeline(randomised(transformer), image_tokenizer, text_encoder, captions, guidance_scale=2.0)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
