@@ -1,0 +1,150 @@
+"""Turn finished runs into the models that ship with the package: float16 safetensors, configuration, model card, index.
+
+`python -m mmsdk.training.embed ~/runs` reads the folders that `mmsdk train` wrote below `~/runs`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmsdk.errors import DataError
+from mmsdk.loading import WEIGHTS_FOLDER, resolve
+from mmsdk.tokens import write_atomically
+
+_CARD = """---
+license: apache-2.0
+library_name: mmsdk
+---
+# {title}
+
+{text}
+
+- Data: `emoji-64` (`mmsdk data`), {data}. The image sets and their licences are listed in the package's NOTICE.
+- Made by: `mmsdk train {recipe}` ({steps} steps of {batch_size} images).
+- Last evaluation of the training: {evaluation}.
+- Limits: 64 x 64 pixels; emoji and flat illustrations only. Not for photographs.
+"""
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    """One folder below `weights/`: which recipe made it, what its card says, and the sampling defaults of a pipeline."""
+
+    folder: str
+    recipe: str
+    component: str
+    title: str
+    text: str
+    data: str
+    defaults: dict[str, float] = field(default_factory=dict)
+
+
+MODELS = (
+    EmbeddedModel(
+        "emoji-64",
+        "llamagen",
+        "ar_image_pipeline",
+        "emoji-64: text to image over grid tokens",
+        "LlamaGen over an 8 x 8 grid of VQ tokens (codebook 4096), with a small T5 encoder trained along.",
+        "the noto, twemoji and fluent flat sets for the generator, all seven sets for the tokenizer",
+    ),
+    EmbeddedModel(
+        "emoji-64-1d",
+        "llamagen_1d",
+        "ar_image_pipeline",
+        "emoji-64-1d: text to image over One-D-Piece tokens",
+        "LlamaGen over the tokens of a One-D-Piece tokenizer (64, codebook 4096): it can stop after any of them.",
+        "the noto, twemoji and fluent flat sets for the generator, all seven sets for the tokenizer",
+    ),
+    EmbeddedModel(
+        "emoji-64-evaluator",
+        "evaluator",
+        "evaluator",
+        "emoji-64 evaluator: captions against frozen image features",
+        "A text tower and a projection of frozen EfficientNet-Lite0 features (extra `bench`), trained contrastively. It "
+        "measures retrieval and Frechet distances; its figures are comparable with each other only.",
+        "all seven sets",
+    ),
+)
+
+# Name -> registered class -> folder. One tokenizer serves its pipeline and users alike.
+INDEX = {
+    "emoji-64": {
+        "ar_image_pipeline": "emoji-64",
+        "llamagen": "emoji-64/transformer",
+        "vq": "emoji-64/image_tokenizer",
+        "one_d_piece": "emoji-64-1d/image_tokenizer",
+        "evaluator": "emoji-64-evaluator",
+    },
+    "emoji-64-1d": {
+        "ar_image_pipeline": "emoji-64-1d",
+        "llamagen": "emoji-64-1d/transformer",
+        "one_d_piece": "emoji-64-1d/image_tokenizer",
+    },
+}
+
+
+def _last_evaluation(run: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "evaluation" in line]
+    if not found:
+        raise DataError(f"{run} has no evaluation yet: let `mmsdk train` finish.")
+    return found[-1]
+
+
+def _forget_paths(folder: Path) -> None:
+    """Remove what diffusers notes of the machine: the path that a model was loaded from."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text())
+        if content.pop("_name_or_path", None) is not None:
+            write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+
+def embed(run: Path, model: EmbeddedModel, weights: Path = WEIGHTS_FOLDER) -> Path:
+    """Write one model below `weights` and return its folder.
+
+    Raises:
+        DataError: the run has not been evaluated and saved yet.
+    """
+    last = _last_evaluation(run)
+    config = json.loads((run / "config.json").read_text())
+    target = weights / model.folder
+    loaded: Any = resolve(model.component).from_pretrained(run / "model")
+    shutil.rmtree(target, ignore_errors=True)
+    if model.defaults:
+        loaded.register_to_config(**model.defaults)
+    loaded.to(dtype=torch.float16).save_pretrained(target)
+    _forget_paths(target)
+    scores = ", ".join(f"{k} {v:.4g}" for k, v in last["evaluation"].items())
+    card = _CARD.format(
+        title=model.title,
+        text=model.text,
+        data=model.data,
+        recipe=model.recipe,
+        steps=last["step"],
+        batch_size=config["batch_size"],
+        evaluation=scores,
+    )
+    write_atomically(target / "README.md", card.encode())
+    return target
+
+
+def main(runs: str) -> None:
+    """Embed every model whose run exists below `runs`, and write the index."""
+    for model in MODELS:
+        if (Path(runs) / model.recipe / "model").exists():
+            embed(Path(runs) / model.recipe, model)
+    present = {name: {k: v for k, v in parts.items() if (WEIGHTS_FOLDER / v).exists()} for name, parts in INDEX.items()}
+    index = {name: parts for name, parts in present.items() if parts}
+    write_atomically(WEIGHTS_FOLDER / "index.json", (json.dumps(index, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

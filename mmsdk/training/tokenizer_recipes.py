@@ -1,0 +1,257 @@
+"""Recipes of the embedded tokenizers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmsdk.data.emoji import EmojiDataset
+from mmsdk.training.loop import Recipe, TrainingConfig
+from tokenizers_img.one_d_piece import OneDPiece
+from tokenizers_img.quantizers import VectorQuantizer
+from tokenizers_img.titok import Block
+from tokenizers_img.vq import VQ
+
+
+def psnr(images: Tensor, references: Tensor) -> Tensor:
+    """Return the PSNR in dB of each image `(batch, 3, H, W)` in [0, 1]; `images` are clamped and rounded to 8 bits."""
+    rounded = (images.float().clamp(0, 1) * 255).round() / 255
+    return -10 * torch.log10((rounded - references).square().flatten(1).mean(1).clamp(min=1e-10))
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Turn uint8 `(batch, H, W, 3)` into float `(batch, 3, H, W)` in [0, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 255.0
+
+
+class CodeReviver:
+    """Re-seats codes that a window of training batches left unused on encoder outputs of the last batch.
+
+    Without it most of a codebook is never used: a code far from all data gets no gradient.
+    """
+
+    def __init__(self, quantizer: VectorQuantizer, every: int, until: int) -> None:
+        self.quantizer = quantizer
+        self.every = every
+        self.until = until
+        self.counts = torch.zeros(quantizer.codebook_size, dtype=torch.long)
+
+    def observe(self, token_ids: Tensor) -> None:
+        """Count the codes of one batch."""
+        self.counts += torch.bincount(token_ids.flatten(), minlength=self.quantizer.codebook_size)
+
+    def step(self, step: int, latents: Tensor) -> int:
+        """Revive unused codes at the end of each window; return how many."""
+        if (step + 1) % self.every or step >= self.until:
+            return 0
+        unused = (self.counts == 0).nonzero().flatten()
+        rows = latents.detach().float().reshape(-1, self.quantizer.dim)
+        if self.quantizer.l2_norm:
+            rows = F.normalize(rows, dim=-1)
+        unused = unused[: len(rows)]
+        chosen = torch.randperm(len(rows))[: len(unused)]
+        with torch.no_grad():
+            self.quantizer.embedding.weight[unused] = rows[chosen]
+        self.counts.zero_()
+        return len(unused)
+
+
+class VQRecipe(Recipe):
+    """The 8 x 8 grid tokenizer of `emoji-64`."""
+
+    name = "vq"
+
+    def __init__(self, config: TrainingConfig | None = None) -> None:
+        self.config = config or TrainingConfig(
+            steps=3800,
+            batch_size=16,
+            learning_rate=2e-3,
+            weight_decay=1e-4,
+            warmup_steps=100,
+            decay_fraction=0.4,
+            ema_decay=0.998,
+            mixed_precision="bf16",
+            checkpoint_every=400,
+            evaluate_every=400,
+        )
+
+    def setup(self) -> nn.Module:
+        """Load the images and build the model."""
+        self.images = torch.from_numpy(EmojiDataset("train").images)
+        self.held_out = torch.from_numpy(EmojiDataset("test").images)
+        model = VQ(
+            channels=16,
+            channel_mult=(1, 2, 4, 8),
+            num_res_blocks=1,
+            z_channels=64,
+            codebook_size=4096,
+            codebook_dim=8,
+            image_size=64,
+            norm_num_groups=8,
+        )
+        self.reviver = CodeReviver(model.quantize, every=50, until=int(0.6 * self.config.steps))
+        return model
+
+    def batch(self, step: int, rng: random.Random) -> Tensor:
+        """Return uint8 images, half of them mirrored."""
+        rows = torch.tensor([rng.randrange(len(self.images)) for _ in range(self.config.batch_size)])
+        flips = torch.tensor([rng.random() < 0.5 for _ in rows])
+        images = self.images[rows]
+        return torch.where(flips[:, None, None, None], images.flip(2), images)
+
+    def loss(self, module: Any, batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared plus absolute error, and the quantizer's losses."""
+        images = to_float(batch)
+        decoded, quantized = module(images)
+        self.latents = quantized.latents
+        self.reviver.observe(quantized.token_ids)
+        mse = F.mse_loss(decoded.float(), images)
+        loss = 4 * mse + 0.4 * F.l1_loss(decoded.float(), images) + quantized.loss
+        return loss, {"mse": mse.detach(), "quantizer": quantized.loss.detach()}
+
+    def after_step(self, module: Any, step: int) -> None:
+        """Revive unused codes."""
+        self.reviver.step(step, self.latents)
+
+    def evaluate(self, module: Any, folder: Path) -> dict[str, float]:
+        """PSNR and codebook use on held-out emoji."""
+        scores, used = [], set()
+        for rows in self.held_out.split(64):
+            images = to_float(rows)
+            ids = module.quantize.quantize(module.encode_latents(images))
+            decoded = module.decode_latents(module.quantize.dequantize(ids))
+            scores.append(psnr(decoded, images))
+            used |= set(ids.flatten().tolist())
+        return {"psnr": float(torch.cat(scores).mean()), "codes_used": len(used)}
+
+    def save(self, module: Any, folder: Path) -> None:
+        """Write a `from_pretrained` folder."""
+        module.save_pretrained(folder)
+
+
+def initialise_registers(model: OneDPiece) -> None:
+    """Start the 1D tokenizer where small budgets suffice.
+
+    Queries and keys start equal, so that attention begins at what is alike; the second half of the tokens starts at
+    the positions of the patches, in encoder and decoder, while the first half stays free for what is global; and the
+    projection to the quantizer starts at a scale that uses all levels without saturating them.
+    """
+    count = model.max_tokens // 2
+    for part in (model.encoder, model.decoder):
+        width = part.positional_embedding.shape[1]
+        for block in part.transformer.children():
+            query_key_value: Tensor = cast(Block, block).attn.in_proj_weight.data
+            query_key_value[:width].normal_(std=width**-0.5)
+            query_key_value[width : 2 * width] = query_key_value[:width]
+        nn.init.normal_(part.positional_embedding, std=0.3)
+        nn.init.normal_(part.latent_token_positional_embedding, std=0.3)
+        patches = part.positional_embedding.data[1:]
+        part.latent_token_positional_embedding.data[count:] = patches[
+            torch.arange(model.max_tokens - count) % len(patches)
+        ]
+    nn.init.normal_(model.encoder.conv_out.weight, std=1.25 * model.latent_tokens.shape[1] ** -0.5)
+
+
+class OneDPieceRecipe(Recipe):
+    """The 64-token One-D-Piece tokenizer of `emoji-64`, over the latents of the grid tokenizer.
+
+    Most of the training predicts latents that are computed once; the last part trains through the grid tokenizer's
+    decoder on pixels.
+
+    Args:
+        config: shared hyper-parameters.
+        codec_source: folder or embedded name of the trained grid tokenizer.
+    """
+
+    name = "one_d_piece"
+    pixel_fraction = 0.25
+
+    def __init__(self, config: TrainingConfig | None = None, codec_source: str | Path = "emoji-64") -> None:
+        self.codec_source = codec_source
+        self.config = config or TrainingConfig(
+            steps=3400,
+            batch_size=16,
+            learning_rate=1e-3,
+            muon_learning_rate=2e-3,
+            weight_decay=1e-3,
+            warmup_steps=200,
+            decay_fraction=0.4,
+            ema_decay=0.998,
+            mixed_precision="no",
+            checkpoint_every=500,
+            evaluate_every=1000,
+        )
+
+    def setup(self) -> nn.Module:
+        """Compute the latents of all images and their mirror images, and build the model around the trained codec."""
+        codec = VQ.from_pretrained(self.codec_source)
+        settings = {k: v for k, v in codec.config.items() if not k.startswith("_")}
+        model = OneDPiece(
+            image_size=64,
+            patch_size=2,
+            num_latent_tokens=64,
+            encoder_shape=(192, 2, 3),
+            decoder_shape=(192, 4, 3),
+            quantize_mode="fsq",
+            fsq_levels=(8, 8, 8, 8),
+            token_size=4,
+            is_legacy=False,
+            codec_config=settings,
+        )
+        initialise_registers(model)
+        model.codec.load_state_dict(codec.state_dict())
+        model.codec.encoder.requires_grad_(False)
+        model.codec.quant_conv.requires_grad_(False)
+        model.codec.quantize.requires_grad_(False)
+        images = torch.from_numpy(EmojiDataset("train").images)
+        self.images = torch.cat([images, images.flip(2)])
+        self.held_out = torch.from_numpy(EmojiDataset("test").images)
+        with torch.no_grad():
+            self.latents = torch.cat([model._to_input(to_float(rows)) for rows in self.images.split(64)])
+        return model
+
+    def muon_parameters(self, module: Any) -> list[nn.Parameter]:
+        """Return the matrices of the transformer blocks."""
+        blocks = [*module.encoder.transformer, *module.decoder.transformer]
+        return [p for block in blocks for p in block.parameters() if p.ndim == 2]
+
+    def batch(self, step: int, rng: random.Random) -> tuple[Tensor, Tensor, int]:
+        """Return latents, uint8 images, and how many tokens to keep: all (one batch in four) or any number."""
+        rows = torch.tensor([rng.randrange(len(self.images)) for _ in range(self.config.batch_size)])
+        keep = 64 if rng.random() < 0.25 else rng.randint(1, 64)
+        return self.latents[rows], self.images[rows], keep
+
+    def loss(self, module: Any, batch: tuple[Tensor, Tensor, int], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the latents; towards the end, of the pixels."""
+        latents, images, keep = batch
+        quantized = module.quantize(module.encode_features(latents))
+        predicted = module.decode_features(quantized.latents[:, :keep]).float()
+        latent_loss = F.mse_loss(predicted, latents)
+        if step < (1 - self.pixel_fraction) * self.config.steps:
+            return 8 * latent_loss, {"latent_mse": latent_loss.detach()}
+        decoded = module.codec.decode_latents(predicted.permute(0, 2, 3, 1)).float()
+        target = to_float(images)
+        mse = F.mse_loss(decoded, target)
+        loss = 0.5 * latent_loss + 16 * mse + F.l1_loss(decoded, target)
+        return loss, {"latent_mse": latent_loss.detach(), "mse": mse.detach()}
+
+    def evaluate(self, module: Any, folder: Path) -> dict[str, float]:
+        """PSNR of prefixes on held-out emoji, and codebook use."""
+        scores: dict[int, list[Tensor]] = {k: [] for k in (1, 2, 4, 8, 16, 32, 64)}
+        used: set[int] = set()
+        for rows in self.held_out.split(64):
+            images = to_float(rows)
+            ids = module.quantize.quantize(module.encode_latents(images))
+            used |= set(ids.flatten().tolist())
+            for k, values in scores.items():
+                values.append(psnr(module.decode_latents(module.quantize.dequantize(ids[:, :k])), images))
+        return {f"psnr_{k}": float(torch.cat(v).mean()) for k, v in scores.items()} | {"codes_used": len(used)}
+
+    def save(self, module: Any, folder: Path) -> None:
+        """Write a `from_pretrained` folder."""
+        module.save_pretrained(folder)
