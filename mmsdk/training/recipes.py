@@ -1,0 +1,31 @@
+"""The recipes that `mmsdk train` knows by name. Importing this module imports none of them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from mmsdk.errors import unknown_name
+
+if TYPE_CHECKING:
+    from mmsdk.training.loop import Recipe
+
+RECIPES: dict[str, str] = {
+    "vq": "mmsdk.training.tokenizer_recipes:VQRecipe",
+    "one_d_piece": "mmsdk.training.tokenizer_recipes:OneDPieceRecipe",
+    "llamagen": "mmsdk.training.generator_recipes:LlamaGenRecipe",
+    "llamagen_1d": "mmsdk.training.generator_recipes:LlamaGen1DRecipe",
+    "evaluator": "mmsdk.training.evaluator_recipe:EvaluatorRecipe",
+}
+
+
+def resolve_recipe(name: str) -> type[Recipe]:
+    """Import and return the recipe class called `name`.
+
+    Raises:
+        UnknownNameError: no recipe has this name.
+    """
+    if name not in RECIPES:
+        raise unknown_name("recipe", name, list(RECIPES))
+    module, attribute = RECIPES[name].split(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,1 @@
+"""Pruning of the visual tokens of vision-language models."""
