@@ -127,7 +127,8 @@ class ARImagePipeline(DiffusionPipeline):
         """
         source = resolve_pretrained("ar_image_pipeline", pretrained_model_name_or_path)
         # transformers would keep the float16 in which weights are stored: slow on a CPU, and coarser than intended.
-        kwargs.setdefault("torch_dtype", torch.float32)
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)
         try:
             _import_components(Path(source))
             return super().from_pretrained(source, **kwargs)

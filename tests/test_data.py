@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from mmsdk.data import emoji
+from mmsdk.data.captions import train_caption_tokenizer
 from mmsdk.data.emoji import EmojiDataset, EmojiRecord, base_code_point, caption_of, on_white, split_of
 from mmsdk.errors import DataError, UnknownNameError
 
@@ -174,3 +175,21 @@ def test_compositing_by_hand() -> None:
 def test_unknown_names(arguments: dict, hint: str) -> None:
     with pytest.raises(UnknownNameError, match=f"Did you mean '{hint}'"):
         EmojiDataset(**arguments)
+
+
+def test_caption_vocabulary_is_the_same_every_time() -> None:
+    captions = ["red heart love", "green apple, red", "Café 1", "zebra apple"]
+    one, other = (train_caption_tokenizer(captions, 90) for _ in range(2))
+    assert one.get_vocab() == other.get_vocab()
+    # Specials, letters and digits first; then words by frequency, ties by alphabet.
+    words = sorted(one.get_vocab().items(), key=lambda item: item[1])[76:]
+    assert [word for word, _ in words] == ["apple", "red", "cafe", "green", "heart", "love", "zebra"]
+
+
+def test_caption_tokenizer_normalises_and_spells() -> None:
+    tokenizer = train_caption_tokenizer(["red heart"], 100, max_length=5)
+    assert tokenizer.tokenize("Rêd, HEART!") == ["red", "heart"]
+    assert tokenizer.tokenize("ab") == ["a", "##b"]
+    batch = tokenizer(["red", "red heart"], padding="max_length", max_length=4)
+    assert batch["attention_mask"] == [[0, 0, 0, 1], [0, 0, 1, 1]]
+    assert tokenizer.pad_token_id == 0
