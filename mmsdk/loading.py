@@ -27,6 +27,7 @@ REGISTRY: dict[str, str] = {
     "one_d_piece": "tokenizers_img.one_d_piece:OneDPiece",
     "llamagen": "generators.llamagen:LlamaGen",
     "ar_image_pipeline": "generators.pipelines:ARImagePipeline",
+    "evaluator": "mmsdk.bench.evaluator:Evaluator",
 }
 TOKENIZERS = ("vq", "titok", "one_d_piece")
 
@@ -66,7 +67,8 @@ def resolve_pretrained(component: str, name: str | PathLike[str]) -> str:
         if component not in index[text]:
             having = sorted(k for k, v in index.items() if component in v)
             raise UnknownNameError(
-                f"The embedded model {text!r} has no {component!r}; it has {sorted(index[text])}. Models with one: {having}."
+                f"The embedded model {text!r} has no {component!r}; it has {sorted(index[text])}. Models with one: "
+                f"{having}."
             )
         return str(WEIGHTS_FOLDER / index[text][component])
     if Path(text).is_dir():
@@ -80,9 +82,10 @@ def load_original(source: str | PathLike[str] | Mapping[str, Any]) -> dict[str, 
     """Read a published checkpoint and unwrap it to its state dict.
 
     Args:
-        source: path of a `.safetensors` file or of a pickle (`.bin`, `.pt`, `.pth`, `.ckpt`; read with `weights_only=True`, so it can
-            hold tensors and plain containers only), or an already loaded mapping. The state dict may lie under `model_ema`, `model`,
-            `module` or `state_dict`, tried in this order, or be the mapping itself.
+        source: path of a `.safetensors` file or of a pickle (`.bin`, `.pt`, `.pth`, `.ckpt`; read with
+            `weights_only=True`, so it can hold tensors and plain containers only), or an already loaded mapping. The
+            state dict may lie under `model_ema`, `model`, `module` or `state_dict`, tried in this order, or be the
+            mapping itself.
 
     Raises:
         CheckpointError: the file is absent, damaged, holds other objects than tensors, or holds no state dict.
@@ -97,7 +100,15 @@ def load_original(source: str | PathLike[str] | Mapping[str, Any]) -> dict[str, 
                 content = load_file(path)
             else:
                 content = torch.load(path, map_location="cpu", weights_only=True)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        except (
+            SafetensorError,
+            pickle.UnpicklingError,
+            RuntimeError,
+            EOFError,
+            OSError,
+            ValueError,
+            KeyError,
+        ) as error:
             raise CheckpointError(f"Cannot read the checkpoint {str(path)!r}: {error}") from error
     while isinstance(content, Mapping):
         inner = next((content[k] for k in _WRAPPERS if isinstance(content.get(k), Mapping)), None)
@@ -108,7 +119,9 @@ def load_original(source: str | PathLike[str] | Mapping[str, Any]) -> dict[str, 
         raise CheckpointError(f"The checkpoint holds no state dict, but {type(content).__name__}.")
     strangers = [k for k, v in content.items() if not isinstance(v, Tensor)]
     if strangers:
-        raise CheckpointError(f"The checkpoint's state dict holds other things than tensors, for example under {strangers[0]!r}.")
+        raise CheckpointError(
+            f"The checkpoint's state dict holds other things than tensors, for example under {strangers[0]!r}."
+        )
     return dict(content)
 
 
@@ -123,12 +136,13 @@ def load_into(
     allow_missing: Collection[str] = (),
     allow_unexpected: Collection[str] = (),
 ) -> None:
-    """Load `state_dict` into `model` strictly, but for keys that the two allow-lists name (whole keys, or prefixes ending in `.`).
+    """Load `state_dict` into `model` strictly, but for the keys (or prefixes ending in `.`) of two allow-lists.
 
     A model on the meta device takes the tensors themselves (`assign`); any other copies them.
 
     Raises:
-        CheckpointError: keys are missing or unexpected, a shape is wrong, or a tensor is not finite; the message names the key.
+        CheckpointError: keys are missing or unexpected, a shape is wrong, or a tensor is not finite; the message names
+            the key.
     """
 
     def allowed(key: str, names: Collection[str]) -> bool:
@@ -138,7 +152,9 @@ def load_into(
     missing = [k for k in expected if k not in state_dict and not allowed(k, allow_missing)]
     unexpected = [k for k in state_dict if k not in expected and not allowed(k, allow_unexpected)]
     if missing or unexpected:
-        parts = [f"missing {_listed(missing)}"] * bool(missing) + [f"unexpected {_listed(unexpected)}"] * bool(unexpected)
+        parts = [f"missing {_listed(missing)}"] * bool(missing) + [f"unexpected {_listed(unexpected)}"] * bool(
+            unexpected
+        )
         raise CheckpointError(f"The checkpoint does not fit {type(model).__name__}: {'; '.join(parts)}.")
     for key, value in state_dict.items():
         if key in expected and value.shape != expected[key].shape:

@@ -38,7 +38,8 @@ class PretrainedModel(ModelMixin, ConfigMixin):
             raise CheckpointError(f"Cannot load {cls.__name__} from {source!r}: {error}") from error
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
             if info.get(problem):
+                found = sorted(map(str, info[problem]))[:5]
                 raise CheckpointError(
-                    f"The weights in {source!r} do not fit {cls.__name__}: {problem.replace('_', ' ')} {sorted(map(str, info[problem]))[:5]}."
+                    f"The weights in {source!r} do not fit {cls.__name__}: {problem.replace('_', ' ')} {found}."
                 )
         return (model, info) if with_info else model

@@ -51,7 +51,8 @@ def test_forward(name: str, case: dict[str, Any]) -> None:
     if case["config"]["model_type"] == "c2i":
         condition = {"class_labels": golden["labels"]}
         head_dim = case["config"]["dim"] // case["config"]["n_head"]
-        table = torch.view_as_real(rotary_table(4, head_dim, num_condition_tokens=1))
+        grid_size, condition_tokens = round(case["config"]["block_size"] ** 0.5), case["config"]["cls_token_num"]
+        table = torch.view_as_real(rotary_table(grid_size, head_dim, num_condition_tokens=condition_tokens))
         torch.testing.assert_close(table, golden["freqs_cis"], atol=1e-6, rtol=0)
     else:
         condition = {"caption_features": golden["cond"], "caption_mask": golden["emb_masks"]}

@@ -1,0 +1,1 @@
+"""Image tokenizers: images to token sequences and back."""
