@@ -26,7 +26,7 @@ library_name: mmsdk
 
 {text}
 
-- Data: `emoji-64` (`mmsdk data`), {data}. The image sets and their licences are listed in the package's NOTICE.
+- Data: `emoji-64` (`mmsdk data`), {data}. The image sets and their licences are listed in NOTICE.
 - Made by: `mmsdk train {recipe}` ({steps} steps of {batch_size} images).
 - Last evaluation of the training: {evaluation}.
 - Limits: 64 x 64 pixels; emoji and flat illustrations only. Not for photographs.
@@ -35,7 +35,7 @@ library_name: mmsdk
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """One folder below `weights/`: which recipe made it, what its card says, and the sampling defaults of a pipeline."""
+    """One folder below `weights/`: the recipe that made it, what its card says, and a pipeline's sampling defaults."""
 
     folder: str
     recipe: str
@@ -68,8 +68,8 @@ MODELS = (
         "evaluator",
         "evaluator",
         "emoji-64 evaluator: captions against frozen image features",
-        "A text tower and a projection of frozen EfficientNet-Lite0 features (extra `bench`), trained contrastively. It "
-        "measures retrieval and Frechet distances; its figures are comparable with each other only.",
+        "A text tower and a projection of frozen EfficientNet-Lite0 features (extra `bench`), trained contrastively. "
+        "It measures retrieval and Frechet distances; its figures are comparable with each other only.",
         "all seven sets",
     ),
 )

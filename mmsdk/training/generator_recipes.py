@@ -158,8 +158,8 @@ class TextToImageRecipe(Recipe):
     def batch(self, step: int, rng: random.Random) -> dict[str, Tensor]:
         """Return tokens, a caption of each image, which captions to drop, and the input tokens.
 
-        A small model soon recognises an image by its first tokens and recites the rest without reading the caption. From
-        `corruption_start` on, up to 80% of the input tokens of four images in five come from another image of the
+        A small model soon recognises an image by its first tokens and recites the rest without reading the caption.
+        From `corruption_start` on, up to 80% of the input tokens of four images in five come from another image of the
         batch, so that only the caption tells what comes next. It also prepares for the errors of sampling.
         """
         draws = [rng.random() for _ in range(self.config.batch_size)]

@@ -174,7 +174,7 @@ class OneDPieceRecipe(Recipe):
     def __init__(self, config: TrainingConfig | None = None, codec_source: str | Path = "emoji-64") -> None:
         self.codec_source = codec_source
         self.config = config or TrainingConfig(
-            steps=3400,
+            steps=2900,
             batch_size=16,
             learning_rate=1e-3,
             muon_learning_rate=2e-3,
