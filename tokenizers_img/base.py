@@ -142,8 +142,8 @@ class ImageTokenizer(PretrainedModel):
                 raise ValueError(f"num_tokens must lie in 1..{self.max_tokens} for this tokenizer, got {count}.")
         if not self.ordered and any(count != self.max_tokens for count in counts):
             raise ValueError(
-                f"The tokens of {type(self).__name__} are not ordered by importance and cannot be truncated: num_tokens "
-                f"must be {self.max_tokens} or None, got {num_tokens}. OneDPiece takes any number."
+                f"The tokens of {type(self).__name__} are not ordered by importance and cannot be truncated: "
+                f"num_tokens must be {self.max_tokens} or None, got {num_tokens}. OneDPiece takes any number."
             )
         return counts
 
@@ -161,8 +161,8 @@ class ImageTokenizer(PretrainedModel):
         fingerprint = self.fingerprint()
         if tokens.spec.fingerprint != fingerprint:
             raise TokenStreamError(
-                f"These tokens were made by {tokens.spec.tokenizer!r} with fingerprint {tokens.spec.fingerprint}, but this "
-                f"is {self.registry_name!r} with fingerprint {fingerprint}: decode them with the tokenizer that made them."
+                f"These tokens were made by {tokens.spec.tokenizer!r} with fingerprint {tokens.spec.fingerprint}, but "
+                f"this is {self.registry_name!r} with fingerprint {fingerprint}: decode them with the one that made them."
             )
         images = self._decode(tokens.to(self.device), generator, **sampler).float()
         if not bool(torch.isfinite(images).all()):

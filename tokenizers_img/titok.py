@@ -335,8 +335,8 @@ class TiTok(ImageTokenizer):
         if self.config.pixel_decoder_config is None:
             raise ValueError(
                 "This is a stage-1 checkpoint: it predicts proxy codes and has no pixel decoder, so it cannot decode "
-                "to images. Load a stage-2 checkpoint (`finetune_decoder: true`), or use `decode_features` for the logits "
-                "of the proxy codes."
+                "to images. Load a stage-2 checkpoint (`finetune_decoder: true`), or use `decode_features` for the "
+                "logits of the proxy codes."
             )
         codes = self.pixel_quantize.expectation(features.float().softmax(1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return self.pixel_decoder(codes.to(self.dtype))
