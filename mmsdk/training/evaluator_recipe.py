@@ -60,23 +60,23 @@ class EvaluatorRecipe(Recipe):
     """
 
     name = "evaluator"
-    num_views = 3
+    num_views = 1
     # How often a batch shows the images as they are.
     clean_fraction = 0.4
     feature_noise = 0.2
-    shape: dict[str, Any] = {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "embedding_dim": 128, "dropout": 0.1}
+    shape: dict[str, Any] = {"hidden_size": 128, "num_layers": 1, "num_heads": 4, "embedding_dim": 128, "dropout": 0.1}
 
     def __init__(self, config: TrainingConfig | None = None) -> None:
         self.config = config or TrainingConfig(
-            steps=3000,
+            steps=800,
             batch_size=256,
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             weight_decay=0.1,
             warmup_steps=100,
             decay_fraction=0.7,
             ema_decay=0.998,
-            checkpoint_every=1000,
-            evaluate_every=1000,
+            checkpoint_every=400,
+            evaluate_every=800,
         )
 
     def setup(self) -> nn.Module:

@@ -74,6 +74,8 @@ class TextToImageRecipe(Recipe):
     Args:
         config: shared hyper-parameters.
         tokenizer_source: folder or embedded name of the image tokenizer.
+        caption_tokenizer: folder of a saved caption tokenizer, to go on from a run that had another vocabulary; by
+            default the vocabulary of the captions.
 
     Attributes:
         tokenizer_class: class of the image tokenizer.
@@ -90,8 +92,14 @@ class TextToImageRecipe(Recipe):
     corruption_start = 800
     shape = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "multiple_of": 64}
 
-    def __init__(self, config: TrainingConfig | None = None, tokenizer_source: str | Path = "emoji-64") -> None:
+    def __init__(
+        self,
+        config: TrainingConfig | None = None,
+        tokenizer_source: str | Path = "emoji-64",
+        caption_tokenizer: str | Path | None = None,
+    ) -> None:
         self.tokenizer_source = tokenizer_source
+        self.caption_tokenizer_source = caption_tokenizer
         self.config = config or TrainingConfig(
             steps=3300,
             batch_size=32,
@@ -115,7 +123,11 @@ class TextToImageRecipe(Recipe):
         self.pair_token_ids = self._tokenize(pair.images)
         self.cumulative = sampling_weights(self.records)
         texts = [" ".join((r.label, *r.tags)) for r in self.records] + list(STYLES) * 200
-        self.caption_tokenizer: PreTrainedTokenizerFast = train_caption_tokenizer(texts)
+        self.caption_tokenizer: PreTrainedTokenizerFast = (
+            train_caption_tokenizer(texts)
+            if self.caption_tokenizer_source is None
+            else PreTrainedTokenizerFast.from_pretrained(self.caption_tokenizer_source)
+        )
         text_encoder = tiny_text_encoder(len(self.caption_tokenizer))
         transformer = LlamaGen(
             **self.shape,
