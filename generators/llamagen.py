@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -364,8 +364,6 @@ class LlamaGen(PretrainedModel):
     """
 
     registry_name = "llamagen"
-    if TYPE_CHECKING:
-        config: Any  # diffusers declares a plain dict, but its entries are attributes too
 
     @register_to_config
     def __init__(

@@ -100,17 +100,15 @@ def load_original(source: str | PathLike[str] | Mapping[str, Any]) -> dict[str, 
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged pickles raise whatever their last bytes happen to mean
             raise CheckpointError(f"Cannot read the checkpoint {str(path)!r}: {error}") from error
-    while isinstance(content, Mapping):
-        inner = next((content[k] for k in _WRAPPERS if isinstance(content.get(k), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
+    for _ in _WRAPPERS:  # a mapping may contain itself, so the depth is bounded
+        if isinstance(content, Mapping):
+            content = next((content[k] for k in _WRAPPERS if isinstance(content.get(k), Mapping)), content)
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"The checkpoint holds no state dict, but {type(content).__name__}.")
-    strangers = [k for k, v in content.items() if not isinstance(v, Tensor)]
+    strangers = [k for k, v in content.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
     if strangers:
         raise CheckpointError(
-            f"The checkpoint's state dict holds other things than tensors, for example under {strangers[0]!r}."
+            f"The checkpoint's state dict holds other things than named tensors, for example under {strangers[0]!r}."
         )
     return dict(content)
 

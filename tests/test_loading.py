@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmsdk import loading
 from mmsdk.errors import CheckpointError, UnknownNameError
-from mmsdk.loading import embedded_models, load_into, load_original, resolve, resolve_pretrained
+from mmsdk.loading import TOKENIZERS, embedded_models, load_into, load_original, resolve, resolve_pretrained
 
 STATE = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
 
@@ -36,22 +36,40 @@ def test_averaged_weights_go_first_and_wrappers_nest() -> None:
     assert same(load_original({"model": {"module": STATE}}), STATE)
 
 
+def test_mappings_that_contain_themselves_are_refused() -> None:
+    endless: dict[str, object] = {}
+    endless["model"] = endless
+    with pytest.raises(CheckpointError, match="'model'"):
+        load_original(endless)
+
+
 def test_safetensors(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "a.safetensors")
     assert same(load_original(tmp_path / "a.safetensors"), STATE)
 
 
 class Malicious:
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
     def __reduce__(self) -> tuple:
-        return (Path.touch, (Path("/tmp/mmsdk-was-here"),))  # noqa: S108
+        return (open, (str(self.trace), "w"))
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.pt", "a.ckpt"])
 def test_pickles_run_no_code(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(pickle.dumps({"model": Malicious()}, protocol=2))
+    trace = tmp_path / "trace"
+    content = {"model": STATE | {"weight": Malicious(trace)}}
+    (tmp_path / name).write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(CheckpointError, match="Cannot read"):
         load_original(tmp_path / name)
-    assert not Path("/tmp/mmsdk-was-here").exists()  # noqa: S108
+    torch.save(content, tmp_path / name)
+    with pytest.raises(CheckpointError, match="Cannot read"):
+        load_original(tmp_path / name)
+    assert not trace.exists()
+    # It would have worked.
+    pickle.loads(pickle.dumps(content))["model"]["weight"].close()  # noqa: S301
+    assert trace.exists()
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "a.bin"])
@@ -77,8 +95,14 @@ def test_other_contents(tmp_path: Path) -> None:
         load_original(tmp_path / "absent.pt")
     with pytest.raises(CheckpointError, match="'epoch'"):
         load_original({"epoch": 3, "weight": torch.ones(1)})
-    with pytest.raises(CheckpointError, match="no state dict"):
-        load_original({})
+    with pytest.raises(CheckpointError, match="named tensors, for example under 1"):
+        load_original({1: torch.ones(1)})
+    for content in ({}, {"model": {}}):
+        with pytest.raises(CheckpointError, match="no state dict"):
+            load_original(content)
+    torch.save([torch.ones(1)], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="no state dict, but list"):
+        load_original(tmp_path / "list.pt")
 
 
 def test_load_into_is_strict() -> None:
@@ -138,3 +162,13 @@ def test_embedded_models_are_complete() -> None:
         for component, folder in parts.items():
             assert component in loading.REGISTRY
             assert (loading.WEIGHTS_FOLDER / folder).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "component"), [(n, c) for n, parts in embedded_models().items() for c in parts if c in TOKENIZERS]
+)
+def test_embedded_tokenizers_load(name: str, component: str) -> None:
+    tokenizer = resolve(component).from_pretrained(name)
+    size = tokenizer.config.image_size
+    images = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    assert tokenizer.reconstruct(images).images.shape == images.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,42 @@ def test_vq_by_hand() -> None:
     assert torch.equal(output.latents, quantizer.dequantize(output.token_ids))
     error = float((latents - output.latents).square().mean())
     assert float(output.loss.detach()) == pytest.approx(1.25 * error)
+
+
+def test_vq_losses_by_hand() -> None:
+    # Errors of (0.2, 0.4) and (0.6, 0.0): the mean square is (0.04 + 0.16 + 0.36 + 0.0) / 4 = 0.14.
+    rows, latents = [[0.0, 0.0], [2.0, 2.0]], torch.tensor([[0.2, -0.4], [1.4, 2.0]])
+    for cost, loss in ((0.0, 0.14), (0.25, 0.175), (1.0, 0.28)):
+        output = codebook(rows, commitment_cost=cost)(latents)
+        assert float(output.loss.detach()) == pytest.approx(loss)
+    # On the sphere (3, 4) is (0.6, 0.8), and its nearest row (0, 1): (0.36 + 0.04) / 2 = 0.2.
+    output = codebook([[0.0, 7.0], [5.0, 0.0]], l2_norm=True)(torch.tensor([[3.0, 4.0]]))
+    assert output.token_ids.tolist() == [0]
+    assert float(output.loss.detach()) == pytest.approx(1.25 * 0.2)
+    torch.testing.assert_close(output.latents.detach(), torch.tensor([[0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("l2_norm", [False, True])
+def test_vq_finds_the_nearest_row(l2_norm: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, latents = torch.randn(50, 6, generator=generator), torch.randn(4, 9, 6, generator=generator)
+    quantizer = codebook(rows.tolist(), l2_norm=l2_norm)
+    if l2_norm:
+        rows, latents = rows / rows.norm(dim=-1, keepdim=True), latents / latents.norm(dim=-1, keepdim=True)
+    nearest = (latents[..., None, :] - rows).square().sum(-1).argmin(-1)
+    token_ids = quantizer.quantize(latents)
+    assert token_ids.dtype == torch.int64
+    assert torch.equal(token_ids, nearest)
+    torch.testing.assert_close(quantizer.dequantize(token_ids), rows[nearest])
+    assert torch.equal(quantizer.quantize(quantizer.codebook), torch.arange(50))
+
+
+def test_vq_expectation() -> None:
+    probs = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    assert codebook([[2.0, 0.0], [0.0, 4.0]]).expectation(probs).tolist() == [[1.0, 2.0], [0.5, 3.0]]
+    # The rows as they are stored are averaged, then the mean is normalised.
+    mean = codebook([[3.0, 0.0], [0.0, 4.0]], l2_norm=True).expectation(probs[:1])
+    torch.testing.assert_close(mean, torch.tensor([[0.6, 0.8]]))
 
 
 def test_vq_ties_go_to_the_lowest_index() -> None:
@@ -63,12 +101,46 @@ def test_fsq_by_hand() -> None:
     assert fsq.quantize(extreme).tolist() == [0, 1 + 3 * 2, 2 + 3 * 3]
 
 
-@pytest.mark.parametrize("levels", [(8, 8, 8, 8), (8, 8, 8, 5, 5, 5), (2,), (7, 5, 5, 5, 5)])
+@pytest.mark.parametrize(
+    ("levels", "table"),
+    [(2, [-1.0, 0.0]), (3, [-1.0, 0.0, 1.0]), (5, [-1.0, -0.5, 0.0, 0.5, 1.0]), (4, [-1.0, -0.5, 0.0, 0.5])],
+)
+def test_fsq_of_one_dimension(levels: int, table: list[float]) -> None:
+    fsq = FSQ([levels])
+    assert fsq.dequantize(torch.arange(levels)).flatten().tolist() == table
+    # From -infinity to infinity every level is passed once, in order.
+    ids = fsq.quantize(torch.linspace(-9, 9, 2001).unsqueeze(-1)).tolist()
+    assert sorted(set(ids)) == list(range(levels))
+    assert ids == sorted(ids)
+
+
+def test_fsq_thresholds() -> None:
+    # Five levels: h = 2.002, no offset; the middle level ends where tanh(z) * h = 0.5.
+    edge = math.atanh(0.5 / 2.002)
+    fsq = FSQ([5])
+    assert fsq.quantize(torch.tensor([[-edge - 1e-4], [-edge + 1e-4], [edge - 1e-4], [edge + 1e-4]])).tolist() == [
+        1,
+        2,
+        2,
+        3,
+    ]
+    # Four levels: h = 1.5015, offset 0.5; zero is shifted so that it stays zero, level 2.
+    low, high = (math.atanh(x / 1.5015) - math.atanh(0.5 / 1.5015) for x in (0.0, 1.0))
+    assert FSQ([4]).quantize(torch.tensor([[low - 1e-4], [low + 1e-4], [high - 1e-4], [high + 1e-4]])).tolist() == [
+        1,
+        2,
+        2,
+        3,
+    ]
+
+
+@pytest.mark.parametrize("levels", [(8, 8, 8, 8), (8, 8, 8, 5, 5, 5), (2,), (2, 3, 4, 6), (7, 5, 5, 5, 5)])
 def test_fsq_is_a_bijection(levels: tuple[int, ...]) -> None:
     fsq = FSQ(levels)
     ids = torch.arange(fsq.codebook_size)
     values = fsq.dequantize(ids)
     assert float(values.abs().max()) <= 1.0
+    assert len(set(map(tuple, values.tolist()))) == math.prod(levels) == fsq.codebook_size
     # The tanh of these latents is what `quantize` bounds: undo it to come back to the same index.
     half = (fsq.levels - 1) * 1.001 / 2
     offset = torch.where(fsq.levels % 2 == 0, 0.5, 0.0)
@@ -94,8 +166,16 @@ def test_quantizers_decide_in_float32() -> None:
         assert torch.equal(fsq(latents).token_ids, fsq.quantize(latents.float()))
 
 
+def test_fsq_has_no_state() -> None:
+    assert FSQ([8, 5]).state_dict() == {}
+    with torch.device("meta"):
+        fsq = FSQ([8, 5])
+    assert fsq.codebook_size == 40
+    assert torch.equal(fsq.dequantize(torch.arange(40)), FSQ([8, 5]).dequantize(torch.arange(40)))
+
+
 def test_fsq_refuses_bad_levels() -> None:
-    for levels in ([], [8, 1]):
+    for levels in ([], [8, 1], [8, 2.5]):
         with pytest.raises(ValueError, match=r"integers >= 2, got \["):
             FSQ(levels)
 
@@ -111,4 +191,20 @@ def test_unused_codes_are_revived_and_used_ones_kept() -> None:
     assert quantizer.embedding.weight[:2].tolist() == [[1.0, 0.0], [0.0, 1.0]]
     rows = {tuple(row) for row in latents.tolist()}
     assert all(tuple(row) in rows for row in quantizer.embedding.weight[2:].tolist())
+    # The window starts anew: what it has not seen yet counts as unused.
+    reviver.observe(torch.tensor([0, 1, 2, 3]))
+    assert reviver.step(3, latents) == 0
+    assert quantizer.embedding.weight[:2].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    # Nothing is revived in the last part of the training.
     assert reviver.step(101, latents) == 0
+
+
+def test_codes_are_revived_on_the_sphere_and_no_more_than_there_are_vectors() -> None:
+    torch.manual_seed(0)
+    quantizer = codebook([[1.0, 0.0]] * 5, l2_norm=True)
+    before = quantizer.embedding.weight.detach().clone()
+    reviver = CodeReviver(quantizer, every=1, until=1)
+    reviver.observe(torch.tensor([0]))
+    assert reviver.step(0, torch.tensor([[0.0, 3.0], [0.0, 5.0]])) == 2
+    assert quantizer.embedding.weight[1:3].tolist() == [[0.0, 1.0], [0.0, 1.0]]
+    assert torch.equal(quantizer.embedding.weight[[0, 3, 4]], before[[0, 3, 4]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,8 +62,8 @@ class ImageTokenizer(PretrainedModel):
         """Encode float32 `images` `(batch, 3, image_size, image_size)` in [0, 1]."""
 
     @abstractmethod
-    def _decode(self, tokens: ImageTokens, generator: torch.Generator | None, **sampler: Any) -> Tensor:
-        """Decode to `(batch, 3, H, W)`, about [0, 1]."""
+    def _decode(self, tokens: ImageTokens, generator: torch.Generator | None) -> Tensor:
+        """Decode to `(batch, 3, H, W)`, about [0, 1]. Subclasses may take further keywords, those of `decode`."""
 
     # ------------------------------------------------------------ identity
 
@@ -110,7 +111,10 @@ class ImageTokenizer(PretrainedModel):
 
     @torch.no_grad()
     def encode(
-        self, images: Any, num_tokens: int | Sequence[int] | None = None, generator: torch.Generator | None = None
+        self,
+        images: Any,
+        num_tokens: int | Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> ImageTokens:
         """Turn images into tokens.
 
@@ -123,20 +127,30 @@ class ImageTokenizer(PretrainedModel):
             Tokens on the model's device.
 
         Raises:
-            ValueError: `num_tokens` is outside 1 to `max_tokens`, or given for unordered tokens.
+            ImageError: as `preprocess` does.
+            TypeError: `num_tokens` holds something else than integers.
+            ValueError: `num_tokens` is outside 1 to `max_tokens`, or fewer than all of unordered tokens, or has not one
+                entry per image.
         """
         counts = self._check_num_tokens(num_tokens)
-        tokens = self._encode(self.preprocess(images), max(counts) if counts else self.max_tokens, generator)
-        if isinstance(num_tokens, Sequence):
-            if len(num_tokens) != len(tokens):
-                raise ValueError(f"num_tokens has {len(num_tokens)} entries for {len(tokens)} images.")
-            tokens = tokens.truncate(num_tokens)
-        return tokens
+        pixels = self.preprocess(images)
+        if isinstance(counts, list) and len(counts) != len(pixels):
+            raise ValueError(f"num_tokens has {len(counts)} entries for {len(pixels)} images.")
+        if isinstance(counts, int):
+            return self._encode(pixels, counts, generator)
+        tokens = self._encode(pixels, max(counts), generator)
+        return tokens.truncate(counts) if self.ordered else tokens
 
-    def _check_num_tokens(self, num_tokens: int | Sequence[int] | None) -> list[int]:
+    def _check_num_tokens(self, num_tokens: int | Sequence[int] | Tensor | None) -> int | list[int]:
+        """Return one number for all images, or a list with one for each."""
         if num_tokens is None:
-            return []
-        counts = list(num_tokens) if isinstance(num_tokens, Sequence) else [num_tokens]
+            return self.max_tokens
+        each = isinstance(num_tokens, Sequence) or (isinstance(num_tokens, Tensor) and num_tokens.ndim > 0)
+        given: list[Any] = list(num_tokens) if each else [num_tokens]  # type: ignore[arg-type]
+        try:
+            counts = [operator.index(count) for count in given]
+        except TypeError:
+            raise TypeError(f"num_tokens must be an integer or one integer per image, got {num_tokens!r}.") from None
         for count in counts:
             if not 1 <= count <= self.max_tokens:
                 raise ValueError(f"num_tokens must lie in 1..{self.max_tokens} for this tokenizer, got {count}.")
@@ -145,7 +159,7 @@ class ImageTokenizer(PretrainedModel):
                 f"The tokens of {type(self).__name__} are not ordered by importance and cannot be truncated: "
                 f"num_tokens must be {self.max_tokens} or None, got {num_tokens}. OneDPiece takes any number."
             )
-        return counts
+        return counts if each else counts[0]
 
     # ------------------------------------------------------------ tokens to images
 
@@ -155,8 +169,14 @@ class ImageTokenizer(PretrainedModel):
     ) -> ImageTokenizerOutput:
         """Turn tokens back into images `(batch, 3, image_size, image_size)` in [0, 1].
 
+        Args:
+            tokens: what `encode` returned, or a generator's ids in an `ImageTokens` with this tokenizer's `token_spec`.
+            generator: for decoders that draw noise; the others leave it alone.
+            **sampler: keywords of the decoder, where it has any.
+
         Raises:
             TokenStreamError: the tokens were made by another tokenizer.
+            ValueError: the decoder's output is not finite.
         """
         fingerprint = self.fingerprint()
         if tokens.spec.fingerprint != fingerprint:
@@ -170,22 +190,30 @@ class ImageTokenizer(PretrainedModel):
         return ImageTokenizerOutput(images=images.clamp(0, 1))
 
     def reconstruct(
-        self, images: Any, num_tokens: int | Sequence[int] | None = None, generator: torch.Generator | None = None
+        self,
+        images: Any,
+        num_tokens: int | Sequence[int] | Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **sampler: Any,
     ) -> ImageTokenizerOutput:
         """Encode and decode: what is left of `images` after `num_tokens` tokens."""
-        return self.decode(self.encode(images, num_tokens, generator), generator)
+        return self.decode(self.encode(images, num_tokens, generator), generator, **sampler)
 
     def decode_progressive(
-        self, tokens: ImageTokens, counts: Sequence[int] | None = None
+        self, tokens: ImageTokens, counts: Sequence[int] | None = None, **sampler: Any
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield `(k, images)` for growing prefixes: 1, 2, 4, ... and all tokens, or the given `counts`.
 
+        An image with fewer than k tokens is decoded from all that it has.
+
         Raises:
-            ValueError: the tokens are not ordered, or a count exceeds them.
+            ValueError: the tokens are not ordered, or a count exceeds those of the longest image.
         """
         if counts is None:
             counts = [2**i for i in range(tokens.num_tokens.bit_length()) if 2**i < tokens.num_tokens] + [
                 tokens.num_tokens
             ]
+        longest = int(tokens.lengths.max())
         for count in counts:
-            yield count, self.decode(tokens.truncate(count)).images
+            prefix = tokens.truncate(tokens.lengths.clamp(max=count) if count <= longest else count)
+            yield count, self.decode(prefix, **sampler).images

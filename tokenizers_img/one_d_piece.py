@@ -22,7 +22,7 @@ class OneDPiece(TiTok):
 
     def forward(self, images: Tensor, num_tokens: int | None = None) -> tuple[Tensor, QuantizerOutput]:
         """Reconstruct `images` `(batch, 3, H, W)` in [0, 1] from their first `num_tokens` tokens, for training."""
-        quantized = self.quantize(self.encode_latents(images))
+        quantized = self._quantized(images)
         return self.decode_latents(quantized.latents[:, :num_tokens]), quantized
 
 

@@ -5,6 +5,7 @@ All compute in float32 whatever the model's dtype: rounding in bfloat16 changes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,15 +107,17 @@ class FSQ(nn.Module):
 
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
-        if len(levels) == 0 or any(level < 2 for level in levels):
+        if len(levels) == 0 or any(int(level) != level or level < 2 for level in levels):
             raise ValueError(f"FSQ levels must be integers >= 2, got {list(levels)}.")
-        self.dim = len(levels)
-        sizes = torch.tensor(levels)
-        self.register_buffer("levels", sizes, persistent=False)
-        self.register_buffer(
-            "strides", torch.cumprod(torch.cat([torch.ones(1, dtype=sizes.dtype), sizes[:-1]]), 0), persistent=False
-        )
-        self.codebook_size = int(sizes.prod())
+        sizes = [int(level) for level in levels]
+        strides = [math.prod(sizes[:i]) for i in range(len(sizes))]
+        self.dim = len(sizes)
+        self.codebook_size = math.prod(sizes)
+        for name, values in (("levels", sizes), ("strides", strides)):
+            buffer = torch.tensor(values)
+            if buffer.is_meta:  # no checkpoint holds these, so a model built on the meta device must have their values
+                buffer = torch.tensor(values, device="cpu")
+            self.register_buffer(name, buffer, persistent=False)
 
     def _bound(self, latents: Tensor) -> Tensor:
         half = (self.levels - 1) * 1.001 / 2

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,18 @@ MODEL_SIZES: dict[str, tuple[int, int, int]] = {"small": (512, 8, 8), "base": (7
 # CLIP ViT-L/14 text features, as the text-aware decoders take them.
 TEXT_LENGTH, TEXT_DIM = 77, 768
 _LOGVAR_RANGE = (-30.0, 20.0)
+
+
+def _shape(name: str, shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(shape) != 3 or min(shape) < 1 or shape[0] % shape[2]:
+        raise ValueError(f"{name} must be (width, layers, heads), heads a divisor of width; got {tuple(shape)}.")
+    return shape[0], shape[1], shape[2]
+
+
+def _published_shape(size: str | Sequence[int]) -> tuple[int, ...]:
+    if isinstance(size, str) and size not in MODEL_SIZES:
+        raise unknown_name("model size", size, list(MODEL_SIZES))
+    return MODEL_SIZES[size] if isinstance(size, str) else tuple(size)
 
 
 class Block(nn.Module):
@@ -100,6 +112,10 @@ class TiTokEncoder(nn.Module):
 
 class TiTokDecoder(nn.Module):
     """Quantized vectors `(batch, k, in_dim)` of the first k tokens to one vector per patch, `(batch, width, h, w)`."""
+
+    # What `TiTok` makes of the features: checkpoints keep it here.
+    ffn: nn.Sequential
+    conv_out: nn.Conv2d
 
     def __init__(
         self, size: int, patch: int, num_tokens: int, in_dim: int, shape: tuple[int, int, int], text_aware: bool
@@ -227,6 +243,11 @@ class TiTok(ImageTokenizer):
 
     registry_name = "titok"
 
+    codec: VQ
+    quantize: VectorQuantizer | FSQ
+    pixel_quantize: VectorQuantizer
+    pixel_decoder: PixelDecoder
+
     @register_to_config
     def __init__(
         self,
@@ -249,19 +270,31 @@ class TiTok(ImageTokenizer):
         super().__init__()
         if quantize_mode not in ("vq", "fsq", "vae"):
             raise unknown_name("quantize_mode", quantize_mode, ["vq", "fsq", "vae"])
+        if is_legacy and codec_config is not None:
+            raise ValueError("A legacy model predicts proxy codes, not a codec's latents: set is_legacy=False.")
+        if pixel_decoder_config is not None and not is_legacy:
+            raise ValueError("Only a legacy model has a pixel decoder: set pixel_decoder_config=None.")
+        if quantize_mode == "fsq" and fsq_levels and len(fsq_levels) != token_size:
+            raise ValueError(
+                f"token_size must be the number of fsq_levels, {len(fsq_levels)}; got {token_size}: every level "
+                "quantizes one dimension."
+            )
         channels, size = 3, image_size
         if codec_config is not None:
             self.codec = VQ(**codec_config)
-            channels, size = codec_config["codebook_dim"], image_size // self.codec.downsampling
+            if image_size != self.codec.config.image_size:
+                raise ValueError(
+                    f"image_size must be that of the codec, {self.codec.config.image_size}; got {image_size}."
+                )
+            channels, size = self.codec.config.codebook_dim, self.codec.grid[0]
         if size % patch_size:
             raise ValueError(f"patch_size must divide {size}, the size of what is cut into patches; got {patch_size}.")
-        encoder_width, decoder_width = encoder_shape[0], decoder_shape[0]
+        encoding, decoding = _shape("encoder_shape", encoder_shape), _shape("decoder_shape", decoder_shape)
+        decoder_width = decoding[0]
         encoder_dim = 2 * token_size if quantize_mode == "vae" else token_size
-        self.latent_tokens = _positions(num_latent_tokens, encoder_width)
-        self.encoder = TiTokEncoder(
-            channels, size, patch_size, num_latent_tokens, encoder_dim, tuple(encoder_shape), is_legacy
-        )
-        self.decoder = TiTokDecoder(size, patch_size, num_latent_tokens, token_size, tuple(decoder_shape), text_aware)
+        self.latent_tokens = _positions(num_latent_tokens, encoding[0])
+        self.encoder = TiTokEncoder(channels, size, patch_size, num_latent_tokens, encoder_dim, encoding, is_legacy)
+        self.decoder = TiTokDecoder(size, patch_size, num_latent_tokens, token_size, decoding, text_aware)
         if is_legacy:
             self.decoder.ffn = nn.Sequential(
                 nn.Conv2d(decoder_width, 2 * decoder_width, 1), nn.Tanh(), nn.Conv2d(2 * decoder_width, 1024, 1)
@@ -343,8 +376,16 @@ class TiTok(ImageTokenizer):
 
     def forward(self, images: Tensor) -> tuple[Tensor, QuantizerOutput]:
         """Reconstruct `images` `(batch, 3, H, W)` in [0, 1] for training: images and the quantizer's output."""
-        quantized = self.quantize(self.encode_latents(images))
+        quantized = self._quantized(images)
         return self.decode_latents(quantized.latents), quantized
+
+    def _quantized(self, images: Tensor) -> QuantizerOutput:
+        if self.config.quantize_mode == "vae":
+            raise ValueError(
+                "Continuous tokens (quantize_mode 'vae') have no quantizer to train through: use `encode_latents`, "
+                "`posterior` and `decode_latents`."
+            )
+        return self.quantize(self.encode_latents(images))
 
     def _encode(self, images: Tensor, num_tokens: int, generator: torch.Generator | None) -> ImageTokens:
         latents = self.encode_latents(images.to(self.dtype))
@@ -352,22 +393,29 @@ class TiTok(ImageTokenizer):
             return ImageTokens(token_ids=self.quantize.quantize(latents)[:, :num_tokens], spec=self.token_spec())
         mean, logvar = self.posterior(latents.float())
         if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
-            mean = mean + (0.5 * logvar).exp() * noise
-        return ImageTokens(latents=mean, spec=self.token_spec())
+            # Drawn as (batch, dim, tokens), like the published code, so that a seed gives the same sample.
+            noise = torch.randn(mean.mT.shape, generator=generator, device=generator.device).mT
+            mean = mean + (0.5 * logvar).exp() * noise.to(mean.device)
+        return ImageTokens(latents=mean[:, :num_tokens], spec=self.token_spec())
 
     def _decode(
         self, tokens: ImageTokens, generator: torch.Generator | None, text_features: Tensor | None = None
     ) -> Tensor:
-        if self.config.text_aware and text_features is None:
-            raise ValueError(
-                "This text-aware decoder needs `text_features`: CLIP text features of shape "
-                f"(batch, {TEXT_LENGTH}, {TEXT_DIM})."
-            )
-        if tokens.latents is not None:
-            latents = tokens.latents
+        if text_features is not None and not self.config.text_aware:
+            raise ValueError("This decoder takes no `text_features`: it is not text-aware.")
+        if self.config.text_aware:
+            expected = (len(tokens), TEXT_LENGTH, TEXT_DIM)
+            if text_features is None or text_features.shape != expected:
+                received = "none" if text_features is None else f"the shape {tuple(text_features.shape)}"
+                raise ValueError(
+                    f"This text-aware decoder needs `text_features`, CLIP text features of shape {expected}; received "
+                    f"{received}."
+                )
+            text_features = text_features.to(self.device, self.dtype)
+        if self.config.quantize_mode == "vae":
+            latents = cast(Tensor, tokens.latents)
         else:
-            latents = self.quantize.dequantize(tokens.token_ids)
+            latents = self.quantize.dequantize(cast(Tensor, tokens.token_ids))
         return self.decode_latents(latents, tokens.mask, text_features)
 
     # ------------------------------------------------------------ published checkpoints
@@ -392,12 +440,20 @@ class TiTok(ImageTokenizer):
         """Translate a published yaml configuration into constructor arguments.
 
         Besides the published size names, `vit_enc_model_size` and `vit_dec_model_size` may be `(width, layers, heads)`.
+
+        Raises:
+            UnknownNameError: a size name is not a published one.
+            ValueError: an entry is missing, or encoder and decoder have different patch sizes.
         """
+        try:
+            return cls._translate(config)
+        except KeyError as error:
+            raise ValueError(f"The published configuration lacks the entry {error}.") from None
+
+    @classmethod
+    def _translate(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         model = config["model"]["vq_model"]
-        encoder, decoder = (
-            MODEL_SIZES[size] if isinstance(size, str) else tuple(size)
-            for size in (model["vit_enc_model_size"], model["vit_dec_model_size"])
-        )
+        encoder, decoder = (_published_shape(model[f"vit_{part}_model_size"]) for part in ("enc", "dec"))
         if model["vit_enc_patch_size"] != model["vit_dec_patch_size"]:
             raise ValueError(
                 "Encoder and decoder must have one patch size, got "
@@ -405,7 +461,7 @@ class TiTok(ImageTokenizer):
             )
         legacy = model.get("is_legacy", True)
         pixel_decoder = None
-        if legacy and model.get("finetune_decoder", False):
+        if legacy and model.get("finetune_decoder", True):
             pixel_decoder = dict(config.get("pixel_decoder") or PUBLISHED_PIXEL_DECODER)
         mode = model.get("quantize_mode", "vq")
         return {

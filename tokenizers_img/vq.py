@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -206,6 +206,12 @@ class VQ(ImageTokenizer):
         norm_num_groups: int = 32,
     ) -> None:
         super().__init__()
+        downsampling = 2 ** (len(channel_mult) - 1)
+        if image_size < downsampling or image_size % downsampling:
+            raise ValueError(
+                f"image_size must be a multiple of {downsampling}, the pixels per token of {len(channel_mult)} "
+                f"resolutions; got {image_size}."
+            )
         self.encoder = Encoder(channels, channel_mult, num_res_blocks, z_channels, norm_num_groups)
         self.decoder = Decoder(channels, channel_mult, num_res_blocks, z_channels, norm_num_groups)
         self.quantize = VectorQuantizer(codebook_size, codebook_dim, l2_norm, commitment_cost)
@@ -251,7 +257,7 @@ class VQ(ImageTokenizer):
         return ImageTokens(token_ids=token_ids.flatten(1), spec=self.token_spec())
 
     def _decode(self, tokens: ImageTokens, generator: torch.Generator | None) -> Tensor:
-        latents = self.quantize.dequantize(tokens.token_ids).unflatten(1, self.grid)
+        latents = self.quantize.dequantize(cast(Tensor, tokens.token_ids)).unflatten(1, self.grid)
         return self.decode_latents(latents.to(self.dtype))
 
     @classmethod

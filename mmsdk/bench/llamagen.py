@@ -41,7 +41,7 @@ class PlainLoop:
     """
 
     def __init__(self, model: LlamaGen) -> None:
-        self.model = model
+        self.model: Any = model
         config = model.config
         self.head_dim = config.hidden_size // config.num_heads
         self.rotations: Tensor | None = None
@@ -177,7 +177,7 @@ def llamagen(
         condition = conditions(batch)
         uniforms = draw_uniforms([torch.Generator().manual_seed(seed + i) for i in range(batch)], batch, count)
         trace = Trace()
-        ours = partial(
+        ours: Callable[..., Any] = partial(
             transformer.generate, **condition, num_tokens=count, guidance_scale=guidance_scale, uniforms=uniforms
         )
         published = partial(plain.generate, condition, guidance_scale, uniforms)

@@ -176,7 +176,7 @@ def _reconstructions(pipeline: ARImagePipeline, images: Tensor, batch_size: int,
 
 
 def _draw(
-    pipeline: ARImagePipeline, prompts: list[str], batch_size: int, seed: int, settings: dict[str, Any]
+    pipeline: Any, prompts: list[str], batch_size: int, seed: int, settings: dict[str, Any]
 ) -> tuple[Tensor, float]:
     """Return a picture `(num_prompts, 3, H, W)` for each prompt, and the seconds that drawing took."""
     parts = []

@@ -93,7 +93,7 @@ INDEX = {
 }
 
 
-def _last_evaluation(run: Path) -> dict[str, float]:
+def _last_evaluation(run: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if "evaluation" in line]
     if not found:

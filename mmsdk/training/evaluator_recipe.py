@@ -52,7 +52,7 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
 class EvaluatorRecipe(Recipe):
     """Text tower and image projection, contrastively, on the captions of the training split in all seven styles.
 
-    Features of the images and of `num_views` disturbed copies are computed once (about ten minutes on one core) and
+    Features of the images and of `num_views` disturbed copies are computed once (about four minutes on one core) and
     kept in the cache folder.
 
     Args:
@@ -136,7 +136,7 @@ class EvaluatorRecipe(Recipe):
 
     def evaluate(self, module: Any, folder: Path) -> dict[str, float]:
         """Retrieval among 100 of real images of each split: the ceilings of everything that is measured with it."""
-        scores = {}
+        scores: dict[str, float] = {}
         for split, prompts in self.prompts.items():
             # As many images of each, so that candidates are drawn from lists of one length.
             chosen = random.Random(0).sample(range(len(prompts)), min(496, len(prompts)))

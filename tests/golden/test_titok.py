@@ -15,6 +15,8 @@ from tests.golden.util import assert_manifest, golden_cases, golden_index, golde
 from tokenizers_img.titok import TiTok
 
 SYSTEMS = ("titok", "one_d_piece")
+# Through the pixel decoder float32 itself is off by up to 1e-4, so the recordings ask for no more than this there.
+PIXEL_DECODER_ATOL = 1e-3
 CASES = [
     pytest.param(system, *case.values, marks=case.marks, id=f"{system}-{case.id}")
     for system in SYSTEMS
@@ -45,6 +47,10 @@ def published_config(system: str, case: dict[str, Any]) -> dict[str, Any]:
     }
     config = case["config"]
     return {**config, "model": {**config["model"], "vq_model": model}, "pixel_decoder": pixel_decoder}
+
+
+def tolerance_of(index: dict[str, Any]) -> float:
+    return index.get("tolerance", {}).get("float32_atol", 1e-4)
 
 
 class Recorder:
@@ -82,43 +88,45 @@ def columns(latents: Tensor) -> Tensor:
 def test_case(system: str, name: str, case: dict[str, Any]) -> None:
     golden, index = load_tensors(system, case["file"]), golden_index(system)
     model = resolve(system).from_original(load_tensors(system, case["weights"]), published_config(system, case))
-    tolerance = index["tolerance"]["float32_atol"]
-    unchecked = set(golden) - {"images"}
+    tolerance = tolerance_of(index)
+    image_tolerance = max(tolerance, PIXEL_DECODER_ATOL) if hasattr(model, "pixel_decoder") else tolerance
+    unchecked = set(golden) - {"images", "quantize.soft_in"}
 
     def check(key: str, value: Tensor, atol: float = tolerance) -> None:
-        torch.testing.assert_close(value, golden[key], atol=atol, rtol=0)
-        unchecked.discard(key)
+        # What a case did not record is not compared; at the end everything that it did record must have been.
+        if key in golden:
+            torch.testing.assert_close(value, golden[key], atol=atol, rtol=0)
+            unchecked.discard(key)
 
     recorder = record(model)
     latents = model.encode_latents(golden["images"])
     check("encoder.z", columns(latents))
-    continuous = model.config.quantize_mode == "vae"
-    if continuous:
+    if model.config.quantize_mode == "vae":
         mean, logvar = model.posterior(latents)
         check("posterior.mean", columns(mean))
         check("posterior.logvar", columns(logvar))
-        seed = int(re.search(r"manual_seed\((\d+)\)", case["tensors"]["posterior.sample"]["description"])[1])
-        noise = torch.randn(golden["posterior.sample"].shape, generator=torch.Generator().manual_seed(seed))
-        check("posterior.sample", columns(mean) + (0.5 * columns(logvar)).exp() * noise)
         vectors = mean
-        sampled = golden["posterior.sample"].squeeze(2).transpose(1, 2)
-        check("decode.sample", model.decode_latents(sampled))
+        if "posterior.sample" in golden:
+            seed = int(re.search(r"manual_seed\((\d+)\)", case["tensors"]["posterior.sample"]["description"])[1])
+            sampled = model.encode(golden["images"], generator=torch.Generator().manual_seed(seed)).latents
+            check("posterior.sample", columns(sampled))
+            recorded = golden["posterior.sample"].squeeze(2).transpose(1, 2)
+            check("decode.sample", model.decode_latents(recorded), atol=image_tolerance)
     else:
         output = model.quantize(latents)
         assert torch.equal(output.token_ids, golden["tokens"].squeeze(1))
-        assert torch.equal(model.quantize.quantize(latents), output.token_ids)
         unchecked.discard("tokens")
+        assert torch.equal(model.quantize.quantize(latents), output.token_ids)
         check("z_quantized", columns(output.latents))
         vectors = model.quantize.dequantize(golden["tokens"].squeeze(1))
         check("quantize.entry", vectors.flatten(0, 1))
-        check("quantize.soft_entry", model.quantize.expectation(golden["quantize.soft_in"]))
-        unchecked.discard("quantize.soft_in")
-        if "loss.quantizer_loss" in golden:
-            check("loss.quantizer_loss", output.loss.reshape(1))
-            model.quantize.commitment_cost = 0.0
-            codebook = model.quantize(latents).loss.reshape(1)
-            check("loss.codebook_loss", codebook)
-            check("loss.commitment_loss", golden["loss.quantizer_loss"] - codebook)
+        if "quantize.soft_in" in golden:
+            check("quantize.soft_entry", model.quantize.expectation(golden["quantize.soft_in"]))
+        check("loss.quantizer_loss", output.loss.reshape(1))
+        model.quantize.commitment_cost = 0.0
+        codebook = model.quantize(latents).loss
+        check("loss.codebook_loss", codebook.reshape(1))
+        check("loss.commitment_loss", (output.loss - codebook).reshape(1))
 
     def decode(count: int | None) -> Tensor:
         if model.config.is_legacy and model.config.pixel_decoder_config is None:
@@ -126,8 +134,8 @@ def test_case(system: str, name: str, case: dict[str, Any]) -> None:
         return model.decode_latents(vectors[:, :count])
 
     for key in [k for k in golden if re.fullmatch(r"decode\.k\d+", k)]:
-        check(key, decode(int(key.removeprefix("decode.k"))), atol=1e-3)
-    check("decode.full", decode(None), atol=1e-3)
+        check(key, decode(int(key.removeprefix("decode.k"))), atol=image_tolerance)
+    check("decode.full", decode(None), atol=image_tolerance)
     check("decoder.out", model.decode_features(vectors))
     for key, value in recorder.values.items():
         check(key, value)
@@ -137,19 +145,25 @@ def test_case(system: str, name: str, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("system", "name", "case"), CASES)
 def test_public_round_trip(system: str, name: str, case: dict[str, Any]) -> None:
     """`encode` and `decode` give the recorded tokens and images (clamped)."""
-    golden = load_tensors(system, case["file"])
+    golden, tolerance = load_tensors(system, case["file"]), tolerance_of(golden_index(system))
     model = resolve(system).from_original(load_tensors(system, case["weights"]), published_config(system, case))
     tokens = model.encode(golden["images"])
     if tokens.token_ids is not None:
         assert torch.equal(tokens.token_ids, golden["tokens"].squeeze(1))
     else:
-        torch.testing.assert_close(columns(tokens.latents), golden["posterior.mean"], atol=2e-4, rtol=0)
+        torch.testing.assert_close(columns(tokens.latents), golden["posterior.mean"], atol=tolerance, rtol=0)
     if model.config.is_legacy and model.config.pixel_decoder_config is None:
         with pytest.raises(ValueError, match="stage-1"):
             model.decode(tokens)
         return
     images = model.decode(ImageTokens.from_bytes(tokens.to_bytes())).images
-    torch.testing.assert_close(images, golden["decode.full"].clamp(0, 1), atol=1e-3, rtol=0)
+    atol = max(tolerance, PIXEL_DECODER_ATOL) if hasattr(model, "pixel_decoder") else tolerance
+    torch.testing.assert_close(images, golden["decode.full"].clamp(0, 1), atol=atol, rtol=0)
+    if not model.ordered:
+        return
+    for key in [k for k in golden if re.fullmatch(r"decode\.k\d+", k)]:
+        prefix = model.encode(golden["images"], num_tokens=int(key.removeprefix("decode.k")))
+        torch.testing.assert_close(model.decode(prefix).images, golden[key].clamp(0, 1), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize(("system", "variant"), MANIFESTS)

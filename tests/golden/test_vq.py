@@ -49,12 +49,16 @@ def test_case(name: str, case: dict[str, Any]) -> None:
     torch.testing.assert_close(output.latents.permute(0, 3, 1, 2), golden["quant"], atol=1e-4, rtol=0)
     decoded = model.decode_latents(output.latents) * 2 - 1
     torch.testing.assert_close(decoded, golden["decoded"], atol=1e-4, rtol=0)
-    tokens = model.encode(images.clamp(0, 1))
-    if bool(((images >= 0) & (images <= 1)).all()):
-        assert torch.equal(tokens.token_ids.flatten(), golden["indices"])
     rows = model.quantize.dequantize(golden["indices"]).view(latents.shape)
     again = model.decode_latents(rows) * 2 - 1
     torch.testing.assert_close(again, golden["decoded_from_indices"], atol=1e-4, rtol=0)
+    assert set(golden) == {"image", "indices", "decoded", "decoded_from_indices", "pre_quant", "quant"}
+    if bool(((images >= 0) & (images <= 1)).all()):  # `encode` takes nothing else
+        tokens = model.encode(images)
+        assert torch.equal(tokens.token_ids.flatten(), golden["indices"])
+        public = model.decode(tokens).images
+        expected = (golden["decoded_from_indices"] * 0.5 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(public, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("variant", golden_manifests("llamagen", "vq"))
@@ -63,8 +67,11 @@ def test_manifest(variant: str) -> None:
     config = load_json("llamagen", f"config_{variant}.json")
     with torch.device("meta"):
         model = VQ.preset(variant)
+        published = {k: torch.empty(shape, dtype=getattr(torch, dtype)) for k, (shape, dtype) in manifest.items()}
+        loaded = VQ.from_original(published, variant)
     # A buffer of usage statistics, which the loader leaves out.
-    assert_manifest(model, {k: v for k, v in manifest.items() if k != "quantize.codebook_used"})
+    for built in (model, loaded):
+        assert_manifest(built, {k: v for k, v in manifest.items() if k != "quantize.codebook_used"})
     assert list(model.config.channel_mult) == config["ch_mult"]
     assert model.config.codebook_size == config["codebook_size"]
     assert sum(p.numel() for p in model.parameters()) == config["num_parameters"]
