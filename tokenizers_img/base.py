@@ -182,7 +182,8 @@ class ImageTokenizer(PretrainedModel):
         if tokens.spec.fingerprint != fingerprint:
             raise TokenStreamError(
                 f"These tokens were made by {tokens.spec.tokenizer!r} with fingerprint {tokens.spec.fingerprint}, but "
-                f"this is {self.registry_name!r} with fingerprint {fingerprint}: decode with the one that made them."
+                f"this is {self.registry_name!r} with fingerprint {fingerprint}: "
+                "decode them with the tokenizer that made them."
             )
         images = self._decode(tokens.to(self.device), generator, **sampler).float()
         if not bool(torch.isfinite(images).all()):
