@@ -127,9 +127,11 @@ def test_plain_loop_gives_our_tokens(kind: str, batch: int) -> None:
     uniforms = torch.rand(batch, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     sampling = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
     ours = model.generate(**condition, guidance_scale=2.0, uniforms=uniforms, **sampling).token_ids
-    plain = PlainLoop(model).generate(condition, 2.0, uniforms, **sampling)
+    plain = PlainLoop(model).generate(condition, 16, 2.0, uniforms, **sampling)
     assert torch.equal(ours, plain)
-    assert not torch.equal(plain, PlainLoop(model).generate(condition, 3.0, uniforms, **sampling))
+    greedy = model.generate(**condition, guidance_scale=2.0, do_sample=False, num_tokens=9).token_ids
+    assert torch.equal(greedy, PlainLoop(model).generate(condition, 9, 2.0))
+    assert not torch.equal(plain, PlainLoop(model).generate(condition, 16, 3.0, uniforms, **sampling))
 
 
 @pytest.mark.parametrize("model", ["grid", "class"])

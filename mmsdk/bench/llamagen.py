@@ -55,8 +55,9 @@ class PlainLoop:
     def generate(
         self,
         condition: dict[str, Any],
+        num_tokens: int,
         guidance_scale: float,
-        uniforms: Tensor,
+        uniforms: Tensor | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -65,15 +66,16 @@ class PlainLoop:
 
         Args:
             condition: arguments of `LlamaGen.embed_condition`.
+            num_tokens: tokens of each image.
             guidance_scale: of every step.
-            uniforms: `(batch, num_tokens)`, one draw for each token.
+            uniforms: `(batch, num_tokens)`, one draw for each token; without them the most probable token is taken.
             temperature: divides the logits.
             top_k: keep the k most probable ids; 0 keeps all.
             top_p: keep the most probable ids up to this sum; 1 keeps all.
         """
         model = self.model
-        batch, num_tokens = uniforms.shape
         embedded = model.embed_condition(**condition)
+        batch = len(embedded)
         hidden = torch.cat([embedded, model.cls_embedding.unconditional().expand_as(embedded)])
         start, capacity = hidden.shape[1], hidden.shape[1] + num_tokens
         shape = (len(hidden), model.config.num_heads, capacity, self.head_dim)
@@ -87,6 +89,9 @@ class PlainLoop:
                 last = self._forward(model.tok_embeddings(previous), start + step - 1, caches, mask)[:, -1]
             logits = model.output(last).float()
             logits = combine(logits[:batch], logits[batch:], guidance_scale)
+            if uniforms is None:
+                token_ids[:, step] = logits.argmax(-1)
+                continue
             probs = torch.softmax(process_logits(logits, temperature, top_k, top_p), -1)
             token_ids[:, step] = sample_inverse_cdf(probs, uniforms[:, step])
         return token_ids
@@ -144,6 +149,7 @@ def llamagen(
     batch_sizes: Sequence[int] = (1, 8),
     guidance_scale: float = 2.0,
     num_tokens: int | None = None,
+    do_sample: bool = False,
     repeats: int = 7,
     seed: int = 0,
     output_dir: Path | None = None,
@@ -157,6 +163,8 @@ def llamagen(
         batch_sizes: images generated at once.
         guidance_scale: of every step; above 1, so that both need unconditional rows.
         num_tokens: tokens to generate; default: all.
+        do_sample: draw tokens instead of taking the most probable ones. Both sides then get the same numbers, but among
+            thousands of improbable tokens rounding alone can make them draw neighbours, which ends the measurement.
         repeats: timed runs of each side, after one that is not timed.
         seed: of the draws, and of a preset's weights.
         output_dir: not used.
@@ -175,12 +183,19 @@ def llamagen(
     table = []
     for batch in batch_sizes:
         condition = conditions(batch)
-        uniforms = draw_uniforms([torch.Generator().manual_seed(seed + i) for i in range(batch)], batch, count)
+        uniforms = None
+        if do_sample:
+            uniforms = draw_uniforms([torch.Generator().manual_seed(seed + i) for i in range(batch)], batch, count)
         trace = Trace()
         ours: Callable[..., Any] = partial(
-            transformer.generate, **condition, num_tokens=count, guidance_scale=guidance_scale, uniforms=uniforms
+            transformer.generate,
+            **condition,
+            num_tokens=count,
+            guidance_scale=guidance_scale,
+            do_sample=do_sample,
+            uniforms=uniforms,
         )
-        published = partial(plain.generate, condition, guidance_scale, uniforms)
+        published = partial(plain.generate, condition, count, guidance_scale, uniforms)
         _check_equal(ours(trace=trace).token_ids, published(), batch)
         our_times, plain_times = _interleaved(ours, published, repeats)
         our_speed, plain_speed = (batch * count / statistics.median(t) for t in (our_times, plain_times))
@@ -190,7 +205,8 @@ def llamagen(
             [label, batch, count, our_speed, plain_speed, our_speed / plain_speed, statistics.fmean(attended), capacity]
         )
     notes = [
-        f"Medians of {repeats} runs of each side, in turn; guidance {guidance_scale:g}; both write the same tokens.",
+        f"Medians of {repeats} runs of each side, in turn; guidance {guidance_scale:g}, "
+        f"{'sampled' if do_sample else 'greedy'}; both write the same tokens, which is checked.",
         "plain: the published design over the same weights: doubled batch, a mask over the whole preallocated cache, "
         "all condition slots, output layer on all rows.",
         "slots: cache positions that a step attends to, on average. Both run one forward for each token, with 2 rows "
