@@ -24,6 +24,7 @@ from mmsdk.tokens import write_atomically
 
 MAX_PIXELS = 64_000_000
 
+ResizeMode: TypeAlias = Literal["center_crop", "adm_crop", "stretch"]
 ImageSource: TypeAlias = Image.Image | np.ndarray | Tensor | str | os.PathLike[str] | bytes
 
 # Formats that people keep pictures in. Pillow knows more, but some of them start other programs (EPS), have no
@@ -38,7 +39,7 @@ _WRITABLE_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".tif": ("TIFF", {}),
     ".tiff": ("TIFF", {}),
 }
-_RESIZE = ("center_crop", "stretch")
+_RESIZE = ("center_crop", "adm_crop", "stretch")
 _RESAMPLE = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
@@ -87,7 +88,7 @@ def load_images(images: ImageSource | Sequence[ImageSource], max_pixels: int = M
 def images_to_tensor(
     images: ImageSource | Sequence[ImageSource],
     size: tuple[int, int] | None = None,
-    resize: Literal["center_crop", "stretch"] = "center_crop",
+    resize: ResizeMode = "center_crop",
     resample: Literal["bicubic", "lanczos", "bilinear"] = "bicubic",
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
@@ -99,7 +100,8 @@ def images_to_tensor(
         images: as for `load_images`.
         size: `(height, width)` of the result; None if the images have one size, which they then keep.
         resize: `"center_crop"` scales until both sides cover `size` and cuts what is over equally on both ends;
-            `"stretch"` ignores the aspect ratio.
+            `"adm_crop"` does so as ADM (Dhariwal and Nichol, 2021) and the models that follow it: large images are
+            first halved by averaging, and sizes and cuts are whole pixels; `"stretch"` ignores the aspect ratio.
         resample: the filter; all of them are antialiased.
         max_pixels: largest accepted width * height of each image.
 
@@ -404,4 +406,12 @@ def _fit(image: Image.Image, size: tuple[int, int], resize: str, resample: Image
         scale = min(image.width / width, image.height / height)
         left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
         box = (left, top, min(left + width * scale, image.width), min(top + height * scale, image.height))
+    elif resize == "adm_crop":
+        while image.width >= 2 * width and image.height >= 2 * height:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = max(width / image.width, height / image.height)
+        scaled = round(image.width * scale), round(image.height * scale)
+        across, down = image.width / scaled[0], image.height / scaled[1]
+        left, top = (scaled[0] - width) // 2 * across, (scaled[1] - height) // 2 * down
+        box = (left, top, min(left + width * across, image.width), min(top + height * down, image.height))
     return image.resize((width, height), resample, box=box)

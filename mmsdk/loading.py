@@ -23,11 +23,14 @@ REGISTRY: dict[str, str] = {
     "vq": "tokenizers_img.vq:VQ",
     "titok": "tokenizers_img.titok:TiTok",
     "one_d_piece": "tokenizers_img.one_d_piece:OneDPiece",
+    "flextok": "tokenizers_img.flextok:FlexTok",
+    "tokenbridge": "tokenizers_img.tokenbridge:TokenBridge",
+    "vae": "tokenizers_img.vae:KLVAE",
     "llamagen": "generators.llamagen:LlamaGen",
     "ar_image_pipeline": "generators.pipelines:ARImagePipeline",
     "evaluator": "mmsdk.bench.evaluator:Evaluator",
 }
-TOKENIZERS = ("vq", "titok", "one_d_piece")
+TOKENIZERS = ("vq", "titok", "one_d_piece", "flextok", "tokenbridge", "vae")
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 _WRAPPERS = ("model_ema", "model", "module", "state_dict")

@@ -447,7 +447,7 @@ def test_center_crop_by_hand():
 
 
 @pytest.mark.parametrize("resample", ["bicubic", "lanczos", "bilinear"])
-@pytest.mark.parametrize("resize", ["center_crop", "stretch"])
+@pytest.mark.parametrize("resize", ["center_crop", "adm_crop", "stretch"])
 def test_float_and_8_bit_images_are_resampled_alike(resize, resample):
     # Medium contrast: Pillow clips 8-bit images between the two passes of a filter that overshoots.
     image = noise(33, 47).point(lambda value: 64 + value // 2)
@@ -462,6 +462,22 @@ def test_resize_equals_pillow_for_a_square():
     image = noise(40, 40)
     expected = torch.tensor(np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
     assert torch.equal(images_to_tensor(image, (16, 16))[0], expected)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (31, 77), (160, 129), (9, 13), (8, 200), (16, 16)])
+def test_adm_crop_equals_the_published_steps(shape):
+    image = expected = noise(*shape)
+    while min(expected.size) >= 2 * 16:
+        expected = expected.resize((expected.width // 2, expected.height // 2), Image.Resampling.BOX)
+    scale = 16 / min(expected.size)
+    whole = round(expected.width * scale), round(expected.height * scale)
+    array = np.asarray(expected.resize(whole, Image.Resampling.BICUBIC))
+    top, left = (array.shape[0] - 16) // 2, (array.shape[1] - 16) // 2
+    array = array[top : top + 16, left : left + 16]
+    result = images_to_tensor(image, (16, 16), "adm_crop")[0].permute(1, 2, 0) * 255
+    # Only the part that is kept is scaled, which may round another way.
+    difference = (result - torch.tensor(array)).abs()
+    assert difference.max() < 1.5 and difference.mean() < 0.05
 
 
 def test_downscaling_is_antialiased():
@@ -479,7 +495,8 @@ def test_overshoot_is_clamped():
 
 def test_extreme_aspect_ratio_stays_small():
     long = Image.new("L", (200_000, 1), 51)
-    assert images_to_tensor(long, size=(64, 64)).unique().tolist() == [pytest.approx(0.2)]
+    for resize in ("center_crop", "adm_crop"):
+        assert images_to_tensor(long, (64, 64), resize).unique().tolist() == [pytest.approx(0.2)]
 
 
 def test_bad_arguments():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mmsdk.training.tokenizer_recipes import CodeReviver
-from tokenizers_img.quantizers import FSQ, VectorQuantizer
+from tokenizers_img.quantizers import FSQ, GaussianQuantizer, VectorQuantizer
 
 
 def codebook(rows: list[list[float]], **settings: object) -> VectorQuantizer:
@@ -178,6 +178,82 @@ def test_fsq_refuses_bad_levels() -> None:
     for levels in ([], [8, 1], [8, 2.5]):
         with pytest.raises(ValueError, match=r"integers >= 2, got \["):
             FSQ(levels)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("value_range", [1.0, 5.0])
+def test_gaussian_finds_the_nearest_level(bits: int, value_range: float) -> None:
+    quantizer = GaussianQuantizer(bits, value_range)
+    assert quantizer.codebook_size == len(quantizer.levels) == 2**bits
+    values = (torch.rand(7, 30, 40, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1) * value_range
+    scaled = ((values + value_range) / (2 * value_range) * 6 - 3).clamp(-3, 3)
+    nearest = (scaled[..., None] - quantizer.centroids).abs().argmin(-1)
+    assert nearest.unique().tolist() == list(range(2**bits))
+    ids = quantizer.quantize(values)
+    assert ids.dtype == torch.int64
+    assert torch.equal(ids, nearest)
+    assert torch.equal(quantizer.quantize(values.mT), nearest.mT)
+    assert torch.equal(quantizer.quantize(quantizer.levels), torch.arange(2**bits))
+    assert torch.equal(quantizer.dequantize(ids), quantizer.levels[ids])
+
+
+def test_gaussian_by_hand() -> None:
+    # Two halves of a normal distribution that is cut off at 3: their means are +-(phi(0) - phi(3)) / (Phi(3) - 1/2).
+    mean = (0.39894228 - 0.00443185) / 0.49865010
+    quantizer = GaussianQuantizer(1, value_range=5)
+    torch.testing.assert_close(quantizer.centroids, torch.tensor([-mean, mean]))
+    torch.testing.assert_close(quantizer.levels, torch.tensor([-mean, mean]) * 5 / 3)
+    # What is halfway goes to the lower index; what is beyond the range to the outermost ones.
+    values = torch.tensor([-math.inf, -99.0, -0.01, 0.0, 0.01, 99.0, math.inf])
+    assert quantizer.quantize(values).tolist() == [0, 0, 0, 0, 1, 1, 1]
+    # Levels, not boundaries, decide: the mean of the part from 0 to 0.674 is 0.324, that of the part above it 1.260.
+    quantizer = GaussianQuantizer(2, value_range=3)
+    torch.testing.assert_close(quantizer.boundaries, torch.tensor([-3.0, -0.67448975, 0.0, 0.67448975, 3.0]))
+    torch.testing.assert_close(quantizer.levels[2:], torch.tensor([0.3247, 1.2602]), atol=1e-4, rtol=0)
+    assert quantizer.quantize(torch.tensor([0.79, 0.80])).tolist() == [2, 3]
+
+
+def test_gaussian_levels_are_conditional_means() -> None:
+    values = torch.randn(1_000_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    values = values[values.abs() < 3]
+    quantizer = GaussianQuantizer(4, value_range=3)
+    parts = torch.bucketize(values, quantizer.boundaries[1:-1].double())
+    means = torch.bincount(parts, values) / torch.bincount(parts)
+    torch.testing.assert_close(quantizer.levels.double(), means, atol=5e-3, rtol=0)
+
+
+def test_gaussian_trains_straight_through() -> None:
+    latents = torch.randn(5, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    quantizer = GaussianQuantizer(3)
+    output = quantizer(latents)
+    torch.testing.assert_close(output.latents.detach(), quantizer.dequantize(output.token_ids))
+    output.latents.sum().backward()
+    assert torch.equal(latents.grad, torch.ones(5, 2))
+    assert float(output.loss.detach()) == 0.0
+
+
+def test_gaussian_has_no_state_that_casts_or_meta_could_harm() -> None:
+    latents = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    ids = GaussianQuantizer(8).quantize(latents)
+    with torch.device("meta"):
+        quantizer = GaussianQuantizer(8).to(torch.bfloat16)
+    assert quantizer.state_dict() == {}
+    assert torch.equal(quantizer.quantize(latents), ids)
+    assert quantizer.dequantize(ids).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quantizer(latents).token_ids, ids)
+
+
+@pytest.mark.parametrize("bits", [0, -1, 9, 16, 6.0, "6", None])
+def test_gaussian_refuses_bits_without_a_table(bits: object) -> None:
+    with pytest.raises(ValueError, match=f"bits must be an integer from 1 to 8, got {bits!r}"):
+        GaussianQuantizer(bits)
+
+
+@pytest.mark.parametrize("value_range", [0, -5.0, math.inf, math.nan])
+def test_gaussian_refuses_bad_ranges(value_range: float) -> None:
+    with pytest.raises(ValueError, match="value_range must be positive and finite"):
+        GaussianQuantizer(6, value_range)
 
 
 def test_unused_codes_are_revived_and_used_ones_kept() -> None:

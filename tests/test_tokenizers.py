@@ -19,7 +19,7 @@ from torch import Tensor
 from mmsdk.errors import CheckpointError, ImageError, TokenStreamError, UnknownNameError
 from mmsdk.loading import TOKENIZERS, load_into, resolve
 from mmsdk.tokens import ImageTokens
-from tests.tiny import tiny_one_d_piece, tiny_vq
+from tests.tiny import tiny_autoencoder_kl, tiny_flextok, tiny_one_d_piece, tiny_tokenbridge, tiny_vae, tiny_vq
 from tokenizers_img.base import ImageTokenizer
 from tokenizers_img.one_d_piece import OneDPiece
 from tokenizers_img.titok import TiTok
@@ -68,8 +68,12 @@ TINY: dict[str, Callable[[], ImageTokenizer]] = {
     "one_d_piece": tiny_one_d_piece,
     "one_d_piece over latents": tiny_over_latents,
     "one_d_piece vae": lambda: tiny_titok(OneDPiece, quantize_mode="vae", num_latent_tokens=8),
+    "flextok": tiny_flextok,
+    "tokenbridge": tiny_tokenbridge,
+    "tokenbridge diffusers": lambda: tiny_tokenbridge(tiny_autoencoder_kl()),
+    "vae": tiny_vae,
 }
-ORDERED = [kind for kind in TINY if kind.startswith("one_d_piece")]
+ORDERED = [kind for kind in TINY if kind.startswith(("one_d_piece", "flextok"))]
 UNORDERED = [kind for kind in TINY if kind not in ORDERED]
 every_kind = pytest.mark.parametrize("kind", list(TINY))
 
@@ -246,7 +250,8 @@ def test_tail_drop_is_a_prefix_in_training() -> None:
         assert output.token_ids.shape == (3, 8)
 
 
-@every_kind
+# The loss of a flow is another: test_flextok.py.
+@pytest.mark.parametrize("kind", [kind for kind in TINY if not kind.startswith("flextok")])
 def test_forward_trains_every_part(kind: str) -> None:
     model = TINY[kind]().train()
     if getattr(model.config, "quantize_mode", None) == "vae":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from diffusers import AutoencoderKL
 from transformers import PreTrainedTokenizerFast
 
 from generators.llamagen import LlamaGen
@@ -10,7 +11,10 @@ from generators.pipelines import ARImagePipeline
 from mmsdk.data.captions import train_caption_tokenizer
 from mmsdk.training.generator_recipes import tiny_text_encoder
 from tokenizers_img.base import ImageTokenizer
+from tokenizers_img.flextok import FlexTok
 from tokenizers_img.one_d_piece import OneDPiece
+from tokenizers_img.tokenbridge import TokenBridge
+from tokenizers_img.vae import KLVAE
 from tokenizers_img.vq import VQ
 
 CONDITION_TOKENS = 6
@@ -44,6 +48,59 @@ def tiny_one_d_piece(seed: int = 0) -> OneDPiece:
         token_size=4,
         is_legacy=False,
     ).eval()
+
+
+def tiny_flextok(seed: int = 0) -> FlexTok:
+    """8 ordered tokens of a codebook of 40 for 16 x 16 images; no layer is zero, as some are before training."""
+    torch.manual_seed(seed)
+    vae = {"kind": "autoencoder_kl", "scaling_factor": 0.5, "latent_channels": 4, "norm_num_groups": 4}
+    model = FlexTok(
+        image_size=16,
+        vae_config=vae | {"block_out_channels": (8, 8), "layers_per_block": 1},
+        num_registers=8,
+        encoder_shape=(16, 2, 2),
+        decoder_shape=(16, 2, 2),
+        fsq_levels=(8, 5),
+    )
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and not bool(parameter.any()):
+            torch.nn.init.xavier_uniform_(parameter)
+    return model.eval()
+
+
+def tiny_vae(seed: int = 0) -> KLVAE:
+    """8 x 8 tokens of 4 numbers for 16 x 16 images."""
+    torch.manual_seed(seed)
+    return KLVAE(
+        channels=8,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_levels=(1,),
+        latent_channels=4,
+        image_size=16,
+        scaling_factor=0.5,
+        norm_num_groups=4,
+    ).eval()
+
+
+def tiny_autoencoder_kl(seed: int = 0) -> AutoencoderKL:
+    """8 x 8 latents of 4 numbers for 16 x 16 images."""
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        sample_size=16,
+        shift_factor=0.1,
+    ).eval()
+
+
+def tiny_tokenbridge(vae: KLVAE | AutoencoderKL | None = None, bits: int = 4) -> TokenBridge:
+    """8 x 8 tokens of 4 channels for 16 x 16 images, over `tiny_vae` (default) or another VAE, all levels in use."""
+    model = TokenBridge(vae or tiny_vae(), bits=bits)
+    model.fit_scale(torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
+    return model.eval()
 
 
 def caption_tokenizer() -> PreTrainedTokenizerFast:

@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from mmsdk.errors import TokenStreamError
-from mmsdk.images import images_to_tensor
+from mmsdk.images import ResizeMode, images_to_tensor
 from mmsdk.modeling import PretrainedModel
 from mmsdk.tokens import ImageTokens, TokenSpec
 
@@ -36,10 +36,16 @@ class ImageTokenizer(PretrainedModel):
 
     Subclasses say what they are (`max_tokens`, `codebook_sizes`, `grid`, `ordered`) and implement `_encode` and
     `_decode`; checks, sizes, truncation and fingerprints are done here.
+
+    Attributes:
+        quality_knob: the setting that makes unordered tokens cheaper, for messages.
+        resize: how `preprocess` brings images to size, a mode of `images_to_tensor`.
     """
 
     lossless: ClassVar[bool] = False
     ordered: ClassVar[bool] = False
+    quality_knob: ClassVar[str | None] = None
+    resize: ClassVar[ResizeMode] = "center_crop"
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     @property
@@ -107,7 +113,7 @@ class ImageTokenizer(PretrainedModel):
             ImageError: an image cannot be read, is too large, or holds values outside [0, 1].
         """
         size = self.config.image_size
-        return images_to_tensor(images, size=(size, size)).to(self.device)
+        return images_to_tensor(images, size=(size, size), resize=self.resize).to(self.device)
 
     @torch.no_grad()
     def encode(
@@ -155,9 +161,10 @@ class ImageTokenizer(PretrainedModel):
             if not 1 <= count <= self.max_tokens:
                 raise ValueError(f"num_tokens must lie in 1..{self.max_tokens} for this tokenizer, got {count}.")
         if not self.ordered and any(count != self.max_tokens for count in counts):
+            knob = f"Fewer `{self.quality_knob}` make them cheaper, and " if self.quality_knob else ""
             raise ValueError(
                 f"The tokens of {type(self).__name__} are not ordered by importance and cannot be truncated: "
-                f"num_tokens must be {self.max_tokens} or None, got {num_tokens}. OneDPiece takes any number."
+                f"num_tokens must be {self.max_tokens} or None, got {num_tokens}. {knob}OneDPiece takes any number."
             )
         return counts if each else counts[0]
 

@@ -5,7 +5,7 @@ Sun et al., 2024, "Autoregressive Model Beats Diffusion" (arXiv 2406.06525).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from typing import Any, cast
 
@@ -88,7 +88,7 @@ class Upsample(nn.Module):
 
 
 class _Level(nn.Module):
-    """Residual blocks of one resolution, attention after each at the lowest, then the change of resolution."""
+    """Residual blocks of one resolution, attention after each where there is any, then the change of resolution."""
 
     def __init__(self, widths: Sequence[tuple[int, int]], attention: bool, groups: int) -> None:
         super().__init__()
@@ -113,10 +113,19 @@ def _middle(channels: int, groups: int) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """Images `(batch, 3, H, W)` to features `(batch, z_channels, H / f, W / f)`, f = 2 ** (levels - 1)."""
+    """Images `(batch, 3, H, W)` to features `(batch, z_channels, H / f, W / f)`, f = 2 ** (levels - 1).
+
+    `attention` holds the levels, counted from full resolution, that have attention after each residual block.
+    """
 
     def __init__(
-        self, channels: int, channel_mult: Sequence[int], num_res_blocks: int, z_channels: int, groups: int
+        self,
+        channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int,
+        z_channels: int,
+        groups: int,
+        attention: Collection[int],
     ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
@@ -125,9 +134,8 @@ class Encoder(nn.Module):
         for i, mult in enumerate(channel_mult):
             widths = [(width if j == 0 else channels * mult, channels * mult) for j in range(num_res_blocks)]
             width = channels * mult
-            last = i == len(channel_mult) - 1
-            level = _Level(widths, attention=last, groups=groups)
-            if not last:
+            level = _Level(widths, attention=i in attention, groups=groups)
+            if i < len(channel_mult) - 1:
                 level.downsample = Downsample(width)
             self.conv_blocks.append(level)
         self.mid = _middle(width, groups)
@@ -143,21 +151,27 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features `(batch, z_channels, h, w)` to images `(batch, 3, h * f, w * f)`."""
+    """Features `(batch, z_channels, h, w)` to images `(batch, 3, h * f, w * f)`; `attention` as in the encoder."""
 
     def __init__(
-        self, channels: int, channel_mult: Sequence[int], num_res_blocks: int, z_channels: int, groups: int
+        self,
+        channels: int,
+        channel_mult: Sequence[int],
+        num_res_blocks: int,
+        z_channels: int,
+        groups: int,
+        attention: Collection[int],
     ) -> None:
         super().__init__()
         width = channels * channel_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
         self.mid = _middle(width, groups)
         self.conv_blocks = nn.ModuleList()
-        for i, mult in enumerate(reversed(channel_mult)):
+        for i, mult in reversed(list(enumerate(channel_mult))):
             widths = [(width if j == 0 else channels * mult, channels * mult) for j in range(num_res_blocks + 1)]
             width = channels * mult
-            level = _Level(widths, attention=i == 0, groups=groups)
-            if i < len(channel_mult) - 1:
+            level = _Level(widths, attention=i in attention, groups=groups)
+            if i > 0:
                 level.upsample = Upsample(width)
             self.conv_blocks.append(level)
         self.norm_out = _norm(width, groups)
@@ -212,8 +226,9 @@ class VQ(ImageTokenizer):
                 f"image_size must be a multiple of {downsampling}, the pixels per token of {len(channel_mult)} "
                 f"resolutions; got {image_size}."
             )
-        self.encoder = Encoder(channels, channel_mult, num_res_blocks, z_channels, norm_num_groups)
-        self.decoder = Decoder(channels, channel_mult, num_res_blocks, z_channels, norm_num_groups)
+        lowest = (len(channel_mult) - 1,)
+        self.encoder = Encoder(channels, channel_mult, num_res_blocks, z_channels, norm_num_groups, lowest)
+        self.decoder = Decoder(channels, channel_mult, num_res_blocks, z_channels, norm_num_groups, lowest)
         self.quantize = VectorQuantizer(codebook_size, codebook_dim, l2_norm, commitment_cost)
         self.quant_conv = nn.Conv2d(z_channels, codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(codebook_dim, z_channels, 1)
