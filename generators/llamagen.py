@@ -20,6 +20,7 @@ from torch import Generator, Tensor, nn
 
 from generators.base import Trace
 from generators.guidance import Guidance, IntervalGuidance, combine, make_guidance
+from generators.layers import Linear
 from mmsdk.decoding.sampling import check_sampling, draw_uniforms, process_logits, sample_inverse_cdf
 from mmsdk.errors import CheckpointError, unknown_name
 from mmsdk.loading import load_into, load_original
@@ -209,8 +210,8 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.wqkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.wo = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.wqkv = Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.wo = Linear(hidden_size, hidden_size, bias=False)
 
     def forward(
         self, x: Tensor, rotary: Tensor | None, mask: Tensor | None, is_causal: bool, cache: LayerCache | None
@@ -237,9 +238,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.w3 = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.w2 = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.w1 = Linear(hidden_size, intermediate_size, bias=False)
+        self.w3 = Linear(hidden_size, intermediate_size, bias=False)
+        self.w2 = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., hidden_size)` to the same shape."""
@@ -443,7 +444,7 @@ class LlamaGen(PretrainedModel):
             for _ in range(num_layers)
         )
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
-        self.output = nn.Linear(hidden_size, codebook_size, bias=False)
+        self.output = Linear(hidden_size, codebook_size, bias=False)
         self._rotary_table: Tensor | None = None
 
         for module in self.modules():

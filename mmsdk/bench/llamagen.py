@@ -87,7 +87,7 @@ class PlainLoop:
             if step > 0:
                 previous = token_ids[:, step - 1 : step].repeat(2, 1)
                 last = self._forward(model.tok_embeddings(previous), start + step - 1, caches, mask)[:, -1]
-            logits = model.output(last).float()
+            logits = F.linear(last, model.output.weight).float()
             logits = combine(logits[:batch], logits[batch:], guidance_scale)
             if uniforms is None:
                 token_ids[:, step] = logits.argmax(-1)
@@ -129,7 +129,8 @@ class PlainLoop:
     ) -> Tensor:
         batch, length, width = hidden.shape
         heads = (batch, length, 3, self.model.config.num_heads, self.head_dim)
-        qkv = layer.attention.wqkv(layer.attention_norm(hidden)).view(heads)
+        attention, feed_forward = layer.attention, layer.feed_forward
+        qkv = F.linear(layer.attention_norm(hidden), attention.wqkv.weight).view(heads)
         query_key = qkv[:, :, :2]
         if rotations is not None:
             pairs = torch.view_as_complex(query_key.float().unflatten(-1, (-1, 2)))
@@ -138,8 +139,10 @@ class PlainLoop:
         keys[:, :, start:end] = key
         values[:, :, start:end] = qkv[:, :, 2].transpose(1, 2)
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        hidden = hidden + layer.attention.wo(attended.transpose(1, 2).reshape(batch, length, width))
-        return hidden + layer.feed_forward(layer.ffn_norm(hidden))
+        hidden = hidden + F.linear(attended.transpose(1, 2).reshape(batch, length, width), attention.wo.weight)
+        x = layer.ffn_norm(hidden)
+        gated = F.silu(F.linear(x, feed_forward.w1.weight)) * F.linear(x, feed_forward.w3.weight)
+        return hidden + F.linear(gated, feed_forward.w2.weight)
 
 
 def llamagen(

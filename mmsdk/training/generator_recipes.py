@@ -152,7 +152,7 @@ class TextToImageRecipe(Recipe):
         return torch.cat(parts)[:, : self.num_tokens]
 
     def muon_parameters(self, module: Any) -> list[nn.Parameter]:
-        """Return the hidden matrices of the transformer and of the text encoder, which learns several times faster so."""
+        """Return the hidden matrices of the transformer and of the text encoder, which learns much faster so."""
         hidden = (module.transformer.layers, module.transformer.cls_embedding, module.text_encoder.encoder.block)
         return [
             p
