@@ -271,6 +271,9 @@ def test_unused_codes_are_revived_and_used_ones_kept() -> None:
     reviver.observe(torch.tensor([0, 1, 2, 3]))
     assert reviver.step(3, latents) == 0
     assert quantizer.embedding.weight[:2].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    reviver.observe(torch.tensor([1, 2, 3]))
+    assert reviver.step(5, latents) == 1
+    assert tuple(quantizer.embedding.weight[0].tolist()) in rows
     # Nothing is revived in the last part of the training.
     assert reviver.step(101, latents) == 0
 

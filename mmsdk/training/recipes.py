@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 RECIPES: dict[str, str] = {
     "vq": "mmsdk.training.tokenizer_recipes:VQRecipe",
+    "vae": "mmsdk.training.tokenizer_recipes:KLVAERecipe",
     "one_d_piece": "mmsdk.training.tokenizer_recipes:OneDPieceRecipe",
     "llamagen": "mmsdk.training.generator_recipes:LlamaGenRecipe",
     "llamagen_1d": "mmsdk.training.generator_recipes:LlamaGen1DRecipe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from mmsdk.training.loop import Recipe, TrainingConfig
 from tokenizers_img.one_d_piece import OneDPiece
 from tokenizers_img.quantizers import VectorQuantizer
 from tokenizers_img.titok import Block
+from tokenizers_img.vae import KLVAE
 from tokenizers_img.vq import VQ
 
 
@@ -61,10 +63,12 @@ class CodeReviver:
         return len(unused)
 
 
-class VQRecipe(Recipe):
-    """The 8 x 8 grid tokenizer of `emoji-64`."""
+class PixelRecipe(Recipe):
+    """What the convolutional tokenizers of `emoji-64` share: they learn pixels, from images and their mirror images.
 
-    name = "vq"
+    Args:
+        config: shared hyper-parameters.
+    """
 
     def __init__(self, config: TrainingConfig | None = None) -> None:
         self.config = config or TrainingConfig(
@@ -80,10 +84,44 @@ class VQRecipe(Recipe):
             evaluate_every=400,
         )
 
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Return the model, not trained."""
+
+    @abstractmethod
+    def reconstruct(self, module: Any, images: Tensor) -> Tensor:
+        """Encode and decode `images` `(batch, 3, H, W)` as users will."""
+
     def setup(self) -> nn.Module:
         """Load the images and build the model."""
         self.images = torch.from_numpy(EmojiDataset("train").images)
         self.held_out = torch.from_numpy(EmojiDataset("test").images)
+        return self.build()
+
+    def batch(self, step: int, rng: random.Random) -> Tensor:
+        """Return uint8 images, half of them mirrored."""
+        rows = torch.tensor([rng.randrange(len(self.images)) for _ in range(self.config.batch_size)])
+        flips = torch.tensor([rng.random() < 0.5 for _ in rows])
+        images = self.images[rows]
+        return torch.where(flips[:, None, None, None], images.flip(2), images)
+
+    def evaluate(self, module: Any, folder: Path) -> dict[str, float]:
+        """PSNR on held-out emoji."""
+        held_out = [to_float(rows) for rows in self.held_out.split(64)]
+        return {"psnr": float(torch.cat([psnr(self.reconstruct(module, x), x) for x in held_out]).mean())}
+
+    def save(self, module: Any, folder: Path) -> None:
+        """Write a `from_pretrained` folder."""
+        module.save_pretrained(folder)
+
+
+class VQRecipe(PixelRecipe):
+    """The 8 x 8 grid tokenizer of `emoji-64`."""
+
+    name = "vq"
+
+    def build(self) -> nn.Module:
+        """Return the model, and watch its codes."""
         model = VQ(
             channels=16,
             channel_mult=(1, 2, 4, 8),
@@ -96,13 +134,6 @@ class VQRecipe(Recipe):
         )
         self.reviver = CodeReviver(model.quantize, every=50, until=int(0.6 * self.config.steps))
         return model
-
-    def batch(self, step: int, rng: random.Random) -> Tensor:
-        """Return uint8 images, half of them mirrored."""
-        rows = torch.tensor([rng.randrange(len(self.images)) for _ in range(self.config.batch_size)])
-        flips = torch.tensor([rng.random() < 0.5 for _ in rows])
-        images = self.images[rows]
-        return torch.where(flips[:, None, None, None], images.flip(2), images)
 
     def loss(self, module: Any, batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared plus absolute error, and the quantizer's losses."""
@@ -118,19 +149,57 @@ class VQRecipe(Recipe):
         """Revive unused codes."""
         self.reviver.step(step, self.latents)
 
+    def reconstruct(self, module: Any, images: Tensor) -> Tensor:
+        """Decode the nearest codes."""
+        ids = module.quantize.quantize(module.encode_latents(images))
+        self.used |= set(ids.flatten().tolist())
+        return module.decode_latents(module.quantize.dequantize(ids))
+
     def evaluate(self, module: Any, folder: Path) -> dict[str, float]:
         """PSNR and codebook use on held-out emoji."""
-        scores, used = [], set()
-        for rows in self.held_out.split(64):
-            images = to_float(rows)
-            ids = module.quantize.quantize(module.encode_latents(images))
-            decoded = module.decode_latents(module.quantize.dequantize(ids))
-            scores.append(psnr(decoded, images))
-            used |= set(ids.flatten().tolist())
-        return {"psnr": float(torch.cat(scores).mean()), "codes_used": len(used)}
+        self.used: set[int] = set()
+        return super().evaluate(module, folder) | {"codes_used": len(self.used)}
+
+
+class KLVAERecipe(PixelRecipe):
+    """The continuous tokenizer of `emoji-64`: 8 x 8 tokens of 8 numbers, which TokenBridge, FlexTok and MAR work on.
+
+    Attributes:
+        kl_weight: weight of the KL divergence of one number of a latent.
+    """
+
+    name = "vae"
+    kl_weight = 2e-4
+
+    def build(self) -> nn.Module:
+        """Return the model, with the resolutions of the grid tokenizer."""
+        return KLVAE(
+            channels=16,
+            channel_mult=(1, 2, 4, 8),
+            num_res_blocks=1,
+            attention_levels=(3,),
+            latent_channels=8,
+            image_size=64,
+            norm_num_groups=8,
+        )
+
+    def loss(self, module: Any, batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared plus absolute error of a sample, and the divergence from the standard normal distribution."""
+        images = to_float(batch)
+        decoded, posterior = module(images, torch.Generator().manual_seed(step))
+        mse = F.mse_loss(decoded.float(), images)
+        divergence = posterior.loss / posterior.mean[0].numel()
+        loss = 4 * mse + 0.4 * F.l1_loss(decoded.float(), images) + self.kl_weight * divergence
+        return loss, {"mse": mse.detach(), "kl": divergence.detach()}
+
+    def reconstruct(self, module: Any, images: Tensor) -> Tensor:
+        """Decode the mode of the posterior."""
+        return module.decode_latents(module.encode_latents(images))
 
     def save(self, module: Any, folder: Path) -> None:
-        """Write a `from_pretrained` folder."""
+        """Write a `from_pretrained` folder whose scaled latents have variance 1."""
+        latents = torch.cat([module.posterior(to_float(rows))[0] for rows in self.held_out.split(64)])
+        module.register_to_config(scaling_factor=1 / float(latents.std()))
         module.save_pretrained(folder)
 
 
