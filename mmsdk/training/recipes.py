@@ -14,6 +14,7 @@ RECIPES: dict[str, str] = {
     "vq": "mmsdk.training.tokenizer_recipes:VQRecipe",
     "vae": "mmsdk.training.tokenizer_recipes:KLVAERecipe",
     "one_d_piece": "mmsdk.training.tokenizer_recipes:OneDPieceRecipe",
+    "flextok": "mmsdk.training.tokenizer_recipes:FlexTokRecipe",
     "llamagen": "mmsdk.training.generator_recipes:LlamaGenRecipe",
     "llamagen_1d": "mmsdk.training.generator_recipes:LlamaGen1DRecipe",
     "evaluator": "mmsdk.training.evaluator_recipe:EvaluatorRecipe",

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmsdk.data.emoji import EmojiDataset
+from mmsdk.images import image_grid, tensor_to_pil
 from mmsdk.training.loop import Recipe, TrainingConfig
+from tokenizers_img.flextok import EncoderBlock, FlexTok, draw_num_tokens, draw_sigmas
 from tokenizers_img.one_d_piece import OneDPiece
 from tokenizers_img.quantizers import VectorQuantizer
 from tokenizers_img.titok import Block
-from tokenizers_img.vae import KLVAE
+from tokenizers_img.vae import KLVAE, vae_config
 from tokenizers_img.vq import VQ
 
 
@@ -320,6 +322,126 @@ class OneDPieceRecipe(Recipe):
             for k, values in scores.items():
                 values.append(psnr(module.decode_latents(module.quantize.dequantize(ids[:, :k])), images))
         return {f"psnr_{k}": float(torch.cat(v).mean()) for k, v in scores.items()} | {"codes_used": len(used)}
+
+    def save(self, module: Any, folder: Path) -> None:
+        """Write a `from_pretrained` folder."""
+        module.save_pretrained(folder)
+
+
+def initialise_flextok(model: FlexTok) -> None:
+    """Start where small budgets suffice, as `initialise_registers` does for One-D-Piece."""
+    encoder, decoder = model.register_encoder, model.flow_decoder
+    for network in (encoder.enc_transformer, decoder.dec_transformer):
+        for block in cast(nn.ModuleList, network["blocks"]):
+            attention = cast(EncoderBlock, block).attn
+            nn.init.normal_(attention.wq.weight, std=attention.wq.in_features**-0.5)
+            attention.wk.weight.data.copy_(attention.wq.weight)
+    registers = encoder.enc_register_module["registers"].data
+    count = model.max_tokens // 2
+    for table, target in (
+        (encoder.enc_posemb_module["posembs"], registers),
+        (decoder.dec_patches_posemb_module["posembs"], decoder.dec_registers_posemb_module["posembs"].data[0, 0].mT),
+    ):
+        patches = table.flatten(2)[0].mT
+        target.normal_(std=0.3)
+        target[count:] = patches[torch.arange(model.max_tokens - count) % len(patches)]
+    nn.init.normal_(encoder.enc_to_latents["proj"].weight, std=1.25 * registers.shape[1] ** -0.5)
+
+
+class FlexTokRecipe(Recipe):
+    """The 32-token FlexTok of `emoji-64`, over the latents of the embedded KL VAE.
+
+    Args:
+        config: shared hyper-parameters.
+        vae_source: folder or embedded name of the trained VAE.
+
+    Attributes:
+        condition_dropout: share of images that are denoised without their tokens, for guidance.
+    """
+
+    name = "flextok"
+    condition_dropout = 0.1
+
+    def __init__(self, config: TrainingConfig | None = None, vae_source: str | Path = "emoji-64") -> None:
+        self.vae_source = vae_source
+        self.config = config or TrainingConfig(
+            steps=20000,
+            batch_size=32,
+            learning_rate=1e-3,
+            muon_learning_rate=2e-3,
+            weight_decay=1e-3,
+            warmup_steps=200,
+            decay_fraction=0.3,
+            ema_decay=0.999,
+            mixed_precision="bf16",
+            checkpoint_every=500,
+            evaluate_every=2000,
+        )
+
+    def setup(self) -> nn.Module:
+        """Compute the latents of all images and their mirror images, and build the model around the trained VAE."""
+        vae = KLVAE.from_pretrained(self.vae_source)
+        model = FlexTok(
+            image_size=64,
+            vae_config=vae_config(vae),
+            patch_size=2,
+            num_registers=32,
+            encoder_shape=(192, 3, 3),
+            decoder_shape=(192, 6, 3),
+            fsq_levels=(8, 8, 8, 8),
+        )
+        initialise_flextok(model)
+        model.vae.load_state_dict(vae.state_dict())
+        model.vae.requires_grad_(False)
+        images = torch.from_numpy(EmojiDataset("train").images)
+        self.held_out = torch.from_numpy(EmojiDataset("test").images)[:96]
+        with torch.no_grad():
+            self.latents = torch.cat(
+                [model.encode_latents(to_float(rows)) for rows in torch.cat([images, images.flip(2)]).split(64)]
+            )
+        return model
+
+    def muon_parameters(self, module: Any) -> list[nn.Parameter]:
+        """Return the matrices of attention and feed-forward layers."""
+        networks = (module.register_encoder.enc_transformer, module.flow_decoder.dec_transformer)
+        return [
+            p
+            for network in networks
+            for name, p in network.named_parameters()
+            if p.ndim == 2 and "adaLN_modulation" not in name
+        ]
+
+    def batch(self, step: int, rng: random.Random) -> dict[str, Tensor]:
+        """Return latents and everything random: tokens to keep, noise levels, noise, and conditions to drop."""
+        size = self.config.batch_size
+        rows = [rng.randrange(len(self.latents)) for _ in range(size)]
+        generator = torch.Generator().manual_seed(rng.getrandbits(63))
+        latents = self.latents[rows]
+        return {
+            "latents": latents,
+            "num_tokens": torch.tensor(draw_num_tokens(size, 32, rng)),
+            "sigmas": draw_sigmas(size, generator),
+            "noise": torch.randn(latents.shape, generator=generator),
+            "drop_condition": torch.rand(size, generator=generator) < self.condition_dropout,
+        }
+
+    def loss(self, module: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared error of the velocity."""
+        return module(**batch).loss, {}
+
+    def evaluate(self, module: Any, folder: Path) -> dict[str, float]:
+        """PSNR of prefixes on held-out emoji, and a sheet of what they are decoded to."""
+        images = to_float(self.held_out)
+        tokens = module.encode(images)
+        scores, rows = {}, [images[:12]]
+        for count in (1, 2, 4, 8, 16, 32):
+            decoded = module.decode(tokens.truncate(count), num_inference_steps=10, guidance_scale=2.0).images
+            scores[f"psnr_{count}"] = float(psnr(decoded, images).mean())
+            rows.append(decoded[:12])
+        image_grid(tensor_to_pil(F.interpolate(torch.cat(rows), scale_factor=2)), columns=12).save(
+            folder / "samples.png"
+        )
+        return scores | {"codes_used": float(tokens.token_ids.unique().numel())}
 
     def save(self, module: Any, folder: Path) -> None:
         """Write a `from_pretrained` folder."""
