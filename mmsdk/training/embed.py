@@ -54,7 +54,7 @@ MODELS = (
         "emoji-64: text to image over grid tokens",
         "LlamaGen over an 8 x 8 grid of VQ tokens (codebook 4096), with a small T5 encoder trained along.",
         "the noto, twemoji and fluent flat sets for the generator, all seven sets for the tokenizer",
-        {"guidance_scale": 4.0, "temperature": 0.6, "top_k": 50},
+        {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50},
     ),
     EmbeddedModel(
         "emoji-64-1d",
@@ -63,7 +63,7 @@ MODELS = (
         "emoji-64-1d: text to image over One-D-Piece tokens",
         "LlamaGen over the tokens of a One-D-Piece tokenizer (64, codebook 4096): it can stop after any of them.",
         "the noto, twemoji and fluent flat sets for the generator, all seven sets for the tokenizer",
-        {"guidance_scale": 4.0, "temperature": 0.6, "top_k": 50},
+        {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50},
     ),
     EmbeddedModel(
         "emoji-64-evaluator",

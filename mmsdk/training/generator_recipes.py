@@ -78,6 +78,7 @@ class TextToImageRecipe(Recipe):
             default the vocabulary of the captions.
 
     Attributes:
+        default_steps: steps of the embedded model.
         tokenizer_class: class of the image tokenizer.
         num_tokens: tokens to learn (a prefix, for ordered tokenizers); None for all.
         styles: image sets to learn; fewer are learned better in the same time.
@@ -85,6 +86,7 @@ class TextToImageRecipe(Recipe):
         plain_captions: share of captions that are just "label, style", what people type most.
     """
 
+    default_steps: int
     tokenizer_class: type[ImageTokenizer]
     num_tokens: int | None = None
     styles: tuple[str, ...] = ("noto", "twemoji", "fluent flat")
@@ -101,17 +103,17 @@ class TextToImageRecipe(Recipe):
         self.tokenizer_source = tokenizer_source
         self.caption_tokenizer_source = caption_tokenizer
         self.config = config or TrainingConfig(
-            steps=3300,
+            steps=self.default_steps,
             batch_size=32,
             learning_rate=1.5e-3,
             muon_learning_rate=2e-3,
             weight_decay=0.02,
             warmup_steps=100,
-            decay_fraction=0.4,
+            decay_fraction=0.35,
             ema_decay=0.998,
             mixed_precision="bf16",
-            checkpoint_every=200,
-            evaluate_every=400,
+            checkpoint_every=400,
+            evaluate_every=800,
         )
 
     def setup(self) -> nn.Module:
@@ -253,6 +255,7 @@ class LlamaGenRecipe(TextToImageRecipe):
     """LlamaGen over the 8 x 8 grid tokens."""
 
     name = "llamagen"
+    default_steps = 5600
     tokenizer_class = VQ
 
 
@@ -260,5 +263,6 @@ class LlamaGen1DRecipe(TextToImageRecipe):
     """LlamaGen over the first half of the One-D-Piece tokens: it can stop after any number of them."""
 
     name = "llamagen_1d"
+    default_steps = 8500
     tokenizer_class = OneDPiece
     num_tokens = 32
