@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +28,10 @@ from mmsdk.training.recipes import RECIPES
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
+
+    from mmsdk.tokens import ImageTokens, TokenSpec
+    from tokenizers_img.base import ImageTokenizer
 
 DEFAULT_MODEL = "emoji-64"
 # Pictures of small models are enlarged to at least this many pixels a side.
@@ -182,6 +186,16 @@ def tokenize(
     num_tokens: Annotated[
         int | None, typer.Option(help="Keep so many tokens: fewer are smaller and coarser (ordered tokens only).")
     ] = None,
+    target_psnr: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DB", help="Keep as few tokens as reach this PSNR at the tokenizer's size (ordered tokens only)."
+        ),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits of each index: the quality knob of tokenbridge.")] = None,
+    fit: Annotated[
+        Literal["crop", "letterbox"], typer.Option(help="Cut a square out, or keep the whole picture and its shape.")
+    ] = "crop",
     tokenizer: Annotated[
         str | None, typer.Option(help="Which tokenizer of the model. Default: the folder's own, else one_d_piece.")
     ] = None,
@@ -189,24 +203,67 @@ def tokenize(
 ) -> None:
     """Turn a picture into a file of tokens.
 
-    The picture is resized and cut to the size that the tokenizer works at. The result is lossy.
+    The picture is resized and cut to the size that the tokenizer works at, or with --fit letterbox resized whole, with
+    white margins that `detokenize` removes. The result is lossy.
 
     \b
     Examples:
       mmsdk tokenize photo.jpg -o photo.tok
+      mmsdk tokenize photo.jpg -o whole.tok --fit letterbox
       mmsdk tokenize photo.jpg -o small.tok --num-tokens 8
+      mmsdk tokenize photo.jpg -o good.tok --target-psnr 20
       mmsdk tokenize photo.jpg -o grid.tok --tokenizer vq
     """  # noqa: D301
+    if target_psnr is not None and num_tokens is not None:
+        raise ValueError("Give --num-tokens or --target-psnr, which chooses the number, and not both.")
+    if target_psnr is not None and not (math.isfinite(target_psnr) and target_psnr > 0):
+        raise ValueError(f"--target-psnr must be a positive number of dB, received {target_psnr:g}.")
     _check_parent(output)
     from mmsdk.images import open_image
 
     picture = open_image(image)
     _quiet_libraries()
-    encoder = _load_tokenizer(model, tokenizer)
+    encoder = _load_tokenizer(model, tokenizer, bits)
     _set_threads(None, encoder)
-    tokens = encoder.encode(picture, num_tokens)
+    tokens = encoder.encode(picture, num_tokens, fit=fit)
+    reached = ""
+    if target_psnr is not None:
+        tokens, quality = _fewest_tokens(encoder, tokens, encoder.preprocess(picture, fit), target_psnr)
+        reached = f", {quality:.1f} dB"
     tokens.save(output)
-    typer.echo(f"{output}: {int(tokens.lengths[0])} tokens, {output.stat().st_size} bytes")
+    typer.echo(f"{output}: {int(tokens.lengths[0])} tokens, {output.stat().st_size} bytes{reached}")
+
+
+def _fewest_tokens(
+    encoder: ImageTokenizer, tokens: ImageTokens, picture: Tensor, target: float
+) -> tuple[ImageTokens, float]:
+    """Return the shortest prefix of one image's tokens whose PSNR reaches `target`, and that PSNR.
+
+    Quality need not rise with every token, so each length is tried, from 1 on. Margins do not count.
+    """
+    from mmsdk.tokens import ImageTokens, placement_box
+    from mmsdk.training.tokenizer_recipes import psnr
+
+    if not encoder.ordered:
+        knob = f"; choose its --{encoder.quality_knob} instead" if encoder.quality_knob else ""
+        raise ValueError(
+            f"--target-psnr needs ordered tokens, any prefix of which decodes: {encoder.registry_name!r} always takes "
+            f"all {encoder.max_tokens}{knob}."
+        )
+    original = tokens.spec.image_size if tokens.placements is None else tokens.placements[0].tolist()
+    top, left, height, width = placement_box(original, tokens.spec.image_size)
+    box = (..., slice(top, top + height), slice(left, left + width))
+    best, count = -math.inf, tokens.num_tokens
+    for first in range(1, count + 1, 16):
+        lengths = range(first, min(first + 16, count + 1))
+        prefixes = ImageTokens.cat([tokens.truncate(length) for length in lengths])
+        for length, quality in zip(lengths, psnr(encoder.decode(prefixes).images[box], picture[box]), strict=True):
+            if quality >= target:
+                return tokens.truncate(length), float(quality)
+            best = max(best, float(quality))
+    raise ValueError(
+        f"No number of tokens reaches --target-psnr {target:g}: the best of 1 to {count} is {best:.2f} dB."
+    )
 
 
 @app.command()
@@ -224,8 +281,8 @@ def detokenize(
 ) -> None:
     """Turn a file of tokens back into a picture.
 
-    The file names its tokenizer; the model must be the one that wrote it. Several pictures become one sheet, or files
-    in a folder.
+    The file names its tokenizer; the model must be the one that wrote it. Letterboxed pictures get their margins cut
+    off and their own size back. Several pictures become one sheet, or files in a folder.
 
     \b
     Examples:
@@ -233,17 +290,15 @@ def detokenize(
       mmsdk detokenize photo.tok -o coarse.png --num-tokens 4 --scale 4
     """  # noqa: D301
     target = _PictureTarget.check(output)
-    from mmsdk.images import tensor_to_pil
     from mmsdk.tokens import ImageTokens
 
     tokens = ImageTokens.load(tokens_file)
     if num_tokens is not None:
         tokens = tokens.truncate(num_tokens)
     _quiet_libraries()
-    decoder = _load_tokenizer(model, tokens.spec.tokenizer)
+    decoder = _load_tokenizer(model, tokens.spec.tokenizer, _stated_bits(tokens.spec))
     _set_threads(None, decoder)
-    images = tensor_to_pil(decoder.decode(tokens).images)
-    typer.echo(target.write(images, scale))
+    typer.echo(target.write(decoder.decode(tokens).to_pil(), scale))
 
 
 # ---------------------------------------------------------------- looking inside
@@ -298,13 +353,16 @@ def _describe_tokens(path: Path) -> dict[str, Any]:
         codebook = f"{sizes[0]} entries"
     else:
         codebook = f"{len(sizes)} channels of {', '.join(map(str, sorted(set(sizes))))} entries"
+    images = f"{len(tokens)} of {spec.image_size[1]} x {spec.image_size[0]} pixels"
+    if tokens.placements is not None:
+        images += f", letterboxed from {', '.join(f'{w} x {h}' for h, w in tokens.placements.tolist())}"
     order = "any prefix decodes" if spec.ordered else "all are needed"
     if spec.grid is not None:
         order = f"grid of {spec.grid[0]} x {spec.grid[1]}"
     return {
         "kind": "image tokens",
         "tokenizer": f"{spec.tokenizer}, fingerprint {spec.fingerprint}",
-        "images": f"{len(tokens)} of {spec.image_size[1]} x {spec.image_size[0]} pixels",
+        "images": images,
         "tokens": f"{', '.join(map(str, tokens.lengths.tolist()))} of at most {spec.max_tokens}",
         "order": order,
         "codebook": codebook,
@@ -594,8 +652,11 @@ def _from_original(target: Any, checkpoint: Path, config: str | None, image_size
 # ---------------------------------------------------------------- shared
 
 
-def _load_tokenizer(model: str, component: str | None) -> Any:
-    """Load an image tokenizer from an embedded model, its own folder, a pipeline's folder or the hub."""
+def _load_tokenizer(model: str, component: str | None, bits: int | None = None) -> Any:
+    """Load an image tokenizer from an embedded model, its own folder, a pipeline's folder or the hub.
+
+    `bits` replaces those that it was saved with.
+    """
     from mmsdk.loading import REGISTRY, TOKENIZERS, embedded_models, resolve
 
     source = model
@@ -613,7 +674,23 @@ def _load_tokenizer(model: str, component: str | None) -> Any:
     component = component or "one_d_piece"
     if component not in TOKENIZERS:
         raise unknown_name("tokenizer", component, list(TOKENIZERS))
-    return resolve(component).from_pretrained(source).eval()
+    model_class = resolve(component)
+    if bits is None:
+        return model_class.from_pretrained(source).eval()
+    if model_class.quality_knob != "bits":
+        having = [name for name in TOKENIZERS if resolve(name).quality_knob == "bits"]
+        advice = " Its tokens are ordered: --num-tokens makes them cheaper." if model_class.ordered else ""
+        raise ValueError(f"--bits {bits} is a setting of {', '.join(having)} only, not of {component!r}.{advice}")
+    return model_class.from_pretrained(source, bits=bits).eval()
+
+
+def _stated_bits(spec: TokenSpec) -> int | None:
+    """Return the bits that tokens were made with, where they are their tokenizer's quality knob."""
+    from mmsdk.loading import TOKENIZERS, resolve
+
+    if spec.codebook_size and spec.tokenizer in TOKENIZERS and resolve(spec.tokenizer).quality_knob == "bits":
+        return (spec.codebook_size[0] - 1).bit_length()
+    return None
 
 
 def _check_parent(path: Path) -> None:
@@ -653,13 +730,18 @@ class _PictureTarget:
         factor = scale or max(1, math.ceil(PLEASANT_SIZE / min(images[0].size)))
         if factor > 1:
             images = [i.resize((i.width * factor, i.height * factor), Image.Resampling.LANCZOS) for i in images]
+        if not self.is_folder and len({i.size for i in images}) > 1:
+            raise ImageError(
+                f"{len(images)} pictures of different sizes make no sheet {str(self.path)!r}; name a folder instead."
+            )
         count = "1 picture" if len(images) == 1 else f"{len(images)} pictures"
         if self.is_folder:
             self.path.mkdir(exist_ok=True)
             digits = len(str(len(images) - 1))
             for number, image in enumerate(images):
                 save_image(image, self.path / f"{number:0{digits}d}.png")
-            return f"{self.path}: {count} of {images[0].width} x {images[0].height} pixels"
+            sizes = " and ".join(dict.fromkeys(f"{i.width} x {i.height}" for i in images))
+            return f"{self.path}: {count} of {sizes} pixels"
         sheet = images[0]
         if len(images) > 1:
             padding = max(2, images[0].width // 32)

@@ -16,15 +16,15 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from mmsdk.errors import ImageError, unknown_name
-from mmsdk.tokens import write_atomically
-
-MAX_PIXELS = 64_000_000
+from mmsdk.tokens import MAX_IMAGE_SIDE, MAX_PIXELS, placement_box, write_atomically
 
 ResizeMode: TypeAlias = Literal["center_crop", "adm_crop", "stretch"]
+ResampleFilter: TypeAlias = Literal["bicubic", "lanczos", "bilinear"]
 ImageSource: TypeAlias = Image.Image | np.ndarray | Tensor | str | os.PathLike[str] | bytes
 
 # Formats that people keep pictures in. Pillow knows more, but some of them start other programs (EPS), have no
@@ -89,7 +89,7 @@ def images_to_tensor(
     images: ImageSource | Sequence[ImageSource],
     size: tuple[int, int] | None = None,
     resize: ResizeMode = "center_crop",
-    resample: Literal["bicubic", "lanczos", "bilinear"] = "bicubic",
+    resample: ResampleFilter = "bicubic",
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
     """Bring images to one size in one float32 tensor `(batch, 3, height, width)` with values in [0, 1].
@@ -166,6 +166,74 @@ def tensor_to_pil(images: Tensor) -> list[Image.Image]:
         number = int((~finite).nonzero()[0, 0])
         raise ImageError(f"Image {number} of the batch has NaN or infinite values.")
     return [_quantize(image) for image in images.float().clamp(0, 1)]
+
+
+def letterbox(
+    images: ImageSource | Sequence[ImageSource],
+    size: tuple[int, int],
+    resample: ResampleFilter = "bicubic",
+    max_pixels: int = MAX_PIXELS,
+) -> tuple[Tensor, Tensor]:
+    """Bring whole images to one size: each is scaled into its `placement_box`, on white. `undo_letterbox` inverts it.
+
+    Args:
+        images: as for `load_images`, of any sizes.
+        size: `(height, width)` of the result.
+        resample: the filter; all of them are antialiased.
+        max_pixels: largest accepted width * height of each image.
+
+    Returns:
+        Float32 `(batch, 3, height, width)` in [0, 1], on the device of the first image where that is a tensor, else on
+        the CPU; and the placements for `ImageTokens`, int64 `(batch, 2)`, the height and width that each image had.
+
+    Raises:
+        ImageError: as `open_image` does; if there are no images; or if a side is longer than `MAX_IMAGE_SIDE`.
+        UnknownNameError: if `resample` is unknown.
+    """
+    canvases: list[ImageSource] = []
+    placements: list[tuple[int, ...]] = []
+    for source in _flatten(images):
+        loaded = _load(source, max_pixels)
+        original = (loaded.height, loaded.width) if isinstance(loaded, Image.Image) else tuple(loaded.shape[1:])
+        if max(original) > MAX_IMAGE_SIDE:
+            raise ImageError(
+                f"Image {len(placements)} is {original[1]} x {original[0]} pixels; letterboxed images have sides of at "
+                f"most {MAX_IMAGE_SIDE}."
+            )
+        top, left, height, width = placement_box(original, size)
+        scaled = images_to_tensor(loaded, (height, width), "stretch", resample, max_pixels)
+        margins = (left, size[1] - width - left, top, size[0] - height - top)
+        canvases.append(F.pad(scaled[0], margins, value=1.0))
+        placements.append(original)
+    return images_to_tensor(canvases, max_pixels=size[0] * size[1]), torch.tensor(placements)
+
+
+def undo_letterbox(images: Tensor, placements: Tensor | None) -> list[Image.Image]:
+    """Convert model outputs to 8-bit RGB images of the sizes that the originals had.
+
+    Each `placement_box` is cut out and resized (bicubic, antialiased). Without placements the images stay as they are,
+    as `tensor_to_pil` gives them.
+
+    Args:
+        images: float `(batch, 3, height, width)`, as for `tensor_to_pil`.
+        placements: int64 `(batch, 2)`, height and width of each original, as `ImageTokens.placements` holds them.
+
+    Raises:
+        ImageError: as `tensor_to_pil` does.
+        ValueError: if there are not as many placements as images.
+    """
+    converted = tensor_to_pil(images)
+    if placements is None:
+        return converted
+    if len(placements) != len(converted):
+        raise ValueError(f"Got {len(placements)} placements for {len(converted)} images.")
+    restored = []
+    for image, (height, width) in zip(converted, placements.tolist(), strict=True):
+        top, left, box_height, box_width = placement_box((height, width), images.shape[2:])
+        # Cut out first: given as the `box` of the resampling, its margins would bleed into the edges.
+        cut = image.crop((left, top, left + box_width, top + box_height))
+        restored.append(_fit(cut, (height, width), "stretch", Image.Resampling.BICUBIC))
+    return restored
 
 
 def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:

@@ -15,6 +15,7 @@ A stream holds one batch. Integers are unsigned LEB128 varints in their shortest
     codebook size    one, or with PER_CHANNEL one for each channel           not with LATENTS
     batch, tokens    the shape of the tensor
     lengths          one for each image                                      only with RAGGED, else all are full
+    placements       original height, width of each image                    only with PLACED, see `placement_box`
     payload          image after image, only the tokens within its length: ids as ceil(log2(codebook size)) bits per
                      channel, most significant bit first, then zero bits up to a whole byte; latents as float32,
                      little endian
@@ -50,6 +51,8 @@ MAX_CODEBOOK_SIZE = 2**32
 MAX_CHANNELS = 4096
 MAX_TOKENS = 2**20
 MAX_IMAGE_SIDE = 2**16
+# Of an image that is read or restored.
+MAX_PIXELS = 64_000_000
 
 _MAGIC = b"\x89T"
 _VERSION = 1
@@ -57,9 +60,9 @@ _CRC_SIZE = 4
 _TOKENIZER_NAMES = {number: name for name, number in TOKENIZER_IDS.items()}
 
 _LATENTS, _CHANNELS, _PER_CHANNEL, _ORDERED, _GRID, _RAGGED = (1 << bit for bit in range(6))
-_KNOWN_FLAGS = (1 << 6) - 1
-# Two more are spoken for and stay refused until they are written: bit 6 for an entropy-coded payload, bit 7 for the
-# placement of the original image within the decoded one.
+# Bit 6 is spoken for and stays refused until it is written: an entropy-coded payload.
+_PLACED = 1 << 7
+_KNOWN_FLAGS = (1 << 6) - 1 | _PLACED
 
 
 @dataclass(frozen=True)
@@ -160,16 +163,20 @@ class ImageTokens:
         token_ids: int64 `(batch, num_tokens)` or `(batch, num_tokens, num_channels)`, or None.
         latents: float32 `(batch, num_tokens, dim)`, or None. Exactly one of the two is given.
         lengths: int64 `(batch,)`, number of tokens of each image, 1 to num_tokens; all of them when omitted.
+        placements: int64 `(batch, 2)`, original height and width of each image, which the decoded image holds whole in
+            its `placement_box`. None where every image fills the decoded one at its size; placements that say no more
+            than this become None.
         spec: the tokenizer's `TokenSpec`.
 
     Raises:
         TypeError: if an argument is not a tensor or a spec.
-        ValueError: if a shape, a dtype, a length, an id or a latent is not what the spec allows.
+        ValueError: if a shape, a dtype, a length, a placement, an id or a latent is not what the spec allows.
     """
 
     token_ids: Tensor | None = None
     latents: Tensor | None = None
     lengths: Tensor = field(default=None)  # type: ignore[assignment]  # never None once constructed
+    placements: Tensor | None = field(default=None, kw_only=True)
     spec: TokenSpec = field(kw_only=True)
 
     def __post_init__(self) -> None:
@@ -183,6 +190,7 @@ class ImageTokens:
         values = getattr(self, name)
         _check_layout(name, values, self.spec)
         lengths = _checked_lengths(self.lengths, values, self.spec)
+        placements = _checked_placements(self.placements, values, self.spec)
         mask = _mask(lengths, values.shape[1])
         values = values.masked_fill(~(mask if values.ndim == 2 else mask[..., None]), 0)
         if name == "token_ids":
@@ -192,6 +200,7 @@ class ImageTokens:
             raise ValueError(f"latents must be finite; received {values[tuple(position)].item()} at {position}.")
         object.__setattr__(self, name, values)
         object.__setattr__(self, "lengths", lengths)
+        object.__setattr__(self, "placements", placements)
 
     @property
     def batch_size(self) -> int:
@@ -271,7 +280,8 @@ class ImageTokens:
         if not chosen.numel():
             raise ValueError(f"The index selects none of the {self.batch_size} images; a batch has at least one.")
         chosen = chosen.to(self.device)
-        return self._rebuild(self._values[chosen], self.lengths[chosen])
+        placements = None if self.placements is None else self.placements[chosen]
+        return self._rebuild(self._values[chosen], self.lengths[chosen], placements)
 
     def truncate(self, n: int | Sequence[int] | Tensor) -> ImageTokens:
         """Keep the first n tokens of each image and drop the columns that no image needs any more.
@@ -307,7 +317,7 @@ class ImageTokens:
                 f"Cannot keep {int(counts[image])} tokens of image {image}: it has {int(lengths[image])}, "
                 f"so n must be 1 to {int(lengths[image])}."
             )
-        return self._rebuild(self._values[:, : int(counts.max())], counts.to(self.device))
+        return self._rebuild(self._values[:, : int(counts.max())], counts.to(self.device), self.placements)
 
     def pad(self, num_tokens: int) -> ImageTokens:
         """Widen the tensor to `num_tokens` on the right; lengths stay.
@@ -318,11 +328,12 @@ class ImageTokens:
         if num_tokens < self.num_tokens:
             raise ValueError(f"Cannot pad {self.num_tokens} tokens to {num_tokens}; use truncate to drop tokens.")
         shape = (self.batch_size, num_tokens - self.num_tokens, *self._values.shape[2:])
-        return self._rebuild(torch.cat([self._values, self._values.new_zeros(shape)], dim=1), self.lengths)
+        values = torch.cat([self._values, self._values.new_zeros(shape)], dim=1)
+        return self._rebuild(values, self.lengths, self.placements)
 
     @classmethod
     def cat(cls, batches: Sequence[ImageTokens]) -> ImageTokens:
-        """Join batches of one spec, padded to the widest.
+        """Join batches of one spec, padded to the widest; some may have placements and others not.
 
         Raises:
             ValueError: if there are none, or their specs, channels or devices differ.
@@ -347,21 +358,27 @@ class ImageTokens:
                 )
         width = max(batch.num_tokens for batch in batches)
         padded = [batch.pad(width) for batch in batches]
-        return first._rebuild(torch.cat([b._values for b in padded]), torch.cat([b.lengths for b in padded]))
+        placements = None
+        if any(batch.placements is not None for batch in batches):
+            placements = torch.cat([b._sizes for b in batches])
+        values, lengths = torch.cat([b._values for b in padded]), torch.cat([b.lengths for b in padded])
+        return first._rebuild(values, lengths, placements)
 
     def to(self, device: torch.device | str) -> ImageTokens:
         """Give the same tokens on a device; itself if it is there already."""
         if self.device == torch.device(device):
             return self
-        return self._rebuild(self._values.to(device), self.lengths.to(device))
+        # A new value puts its lengths and placements on the device of its tokens.
+        return self._rebuild(self._values.to(device), self.lengths, self.placements)
 
     def equal(self, other: ImageTokens) -> bool:
-        """Tell whether spec, shape, lengths and values are the same; devices may differ."""
+        """Tell whether spec, shape, lengths, placements and values are the same; devices may differ."""
         return (
             isinstance(other, ImageTokens)
             and self.spec == other.spec
             and (self.latents is None) == (other.latents is None)
             and torch.equal(self.lengths, other.lengths.to(self.device))
+            and torch.equal(self._sizes, other._sizes.to(self.device))
             and torch.equal(self._values, other._values.to(self.device))
         )
 
@@ -391,6 +408,7 @@ class ImageTokens:
                 (_ORDERED, spec.ordered),
                 (_GRID, spec.grid is not None),
                 (_RAGGED, min(lengths) < self.num_tokens),
+                (_PLACED, self.placements is not None),
             )
             if is_set
         )
@@ -406,6 +424,7 @@ class ImageTokens:
             numbers += [len(sizes)] if flags & _CHANNELS else []
             numbers += sizes if per_channel else sizes[:1]
         numbers += [self.batch_size, self.num_tokens, *(lengths if flags & _RAGGED else [])]
+        numbers += [] if self.placements is None else self.placements.flatten().tolist()
         for number in numbers:
             stream += _varint(number)
         stream += payload
@@ -485,10 +504,17 @@ class ImageTokens:
         sizes = self.spec.codebook_size
         return [32] * self._values.shape[2] if sizes is None else [(size - 1).bit_length() for size in sizes]
 
-    def _rebuild(self, values: Tensor, lengths: Tensor) -> ImageTokens:
+    @property
+    def _sizes(self) -> Tensor:
+        """Original height and width of each image, int64 `(batch, 2)`, also where none was placed."""
+        if self.placements is not None:
+            return self.placements
+        return torch.tensor(self.spec.image_size, device=self.device).expand(self.batch_size, 2)
+
+    def _rebuild(self, values: Tensor, lengths: Tensor, placements: Tensor | None) -> ImageTokens:
         if self.latents is None:
-            return ImageTokens(token_ids=values, lengths=lengths, spec=self.spec)
-        return ImageTokens(latents=values, lengths=lengths, spec=self.spec)
+            return ImageTokens(token_ids=values, lengths=lengths, placements=placements, spec=self.spec)
+        return ImageTokens(latents=values, lengths=lengths, placements=placements, spec=self.spec)
 
     @classmethod
     def _parse(cls, body: bytes, expected_fingerprint: str | None) -> ImageTokens:
@@ -542,6 +568,16 @@ class ImageTokens:
                 raise TokenStreamError("The token stream lists lengths although every image has all its tokens.")
         else:
             total = batch * num_tokens
+        placements: Tensor | None = None
+        if flags & _PLACED:
+            if 2 * batch > reader.left:
+                raise TokenStreamError(f"The token stream declares {batch} placements in its last {reader.left} bytes.")
+            sides = ("original height", "original width")
+            placements = torch.tensor(
+                [[reader.varint(side, high=MAX_IMAGE_SIDE) for side in sides] for _ in range(batch)]
+            )
+            if bool((placements == torch.tensor(image_size)).all()):
+                raise TokenStreamError("The token stream lists placements although every image has the decoded size.")
         size = (total * sum(bits) + 7) // 8
         if size != reader.left:
             raise TokenStreamError(
@@ -561,11 +597,31 @@ class ImageTokens:
         if codebook_size is None:
             values = np.zeros((batch, num_tokens, dim), dtype=np.float32)
             values[mask] = np.frombuffer(payload, dtype="<f4").reshape(total, dim)
-            return cls(latents=torch.from_numpy(values), lengths=torch.from_numpy(lengths), spec=spec)
+            latents = torch.from_numpy(values)
+            return cls(latents=latents, lengths=torch.from_numpy(lengths), placements=placements, spec=spec)
         values = np.zeros((batch, num_tokens, len(bits)), dtype=np.int64)
         values[mask] = _unpack_bits(payload, total, bits)
         token_ids = torch.from_numpy(values if flags & _CHANNELS else values[..., 0])
-        return cls(token_ids=token_ids, lengths=torch.from_numpy(lengths), spec=spec)
+        return cls(token_ids=token_ids, lengths=torch.from_numpy(lengths), placements=placements, spec=spec)
+
+
+def placement_box(original: Sequence[int], image_size: Sequence[int]) -> tuple[int, int, int, int]:
+    """Say where a whole image lies within the decoded one: `(top, left, height, width)` in pixels.
+
+    The box is the largest of the image's aspect ratio that fits: it has the full height or the full width, the other
+    side is rounded to the nearest pixel (half up, at least 1), and it is centred, up and left by half a pixel where it
+    cannot be. Around it the decoded image is white. The rule is part of the byte format.
+
+    Args:
+        original: height and width of the image.
+        image_size: height and width of the decoded image.
+    """
+    (height, width), (full_height, full_width) = map(int, original), map(int, image_size)
+    if height * full_width >= width * full_height:
+        box_height, box_width = full_height, max(1, (2 * width * full_height + height) // (2 * height))
+    else:
+        box_height, box_width = max(1, (2 * height * full_width + width) // (2 * width)), full_width
+    return (full_height - box_height) // 2, (full_width - box_width) // 2, box_height, box_width
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -737,6 +793,28 @@ def _checked_lengths(lengths: Tensor | None, values: Tensor, spec: TokenSpec) ->
         accepted = f"1 to {num_tokens}" if spec.ordered else f"{num_tokens}, as its tokens are not ordered"
         raise ValueError(f"lengths[{wrong[0]}] is {int(lengths[wrong[0]])}; it must be {accepted}.")
     return lengths.to(values.device, copy=True)
+
+
+def _checked_placements(placements: Tensor | None, values: Tensor, spec: TokenSpec) -> Tensor | None:
+    if placements is None:
+        return None
+    if not isinstance(placements, Tensor):
+        raise TypeError(f"placements must be a torch.Tensor, received {type(placements).__name__}.")
+    if placements.dtype != torch.int64 or placements.shape != (len(values), 2):
+        raise ValueError(
+            f"placements must be int64 of shape ({len(values)}, 2), received {placements.dtype} of shape "
+            f"{tuple(placements.shape)}."
+        )
+    wrong = ((placements < 1) | (placements > MAX_IMAGE_SIDE)).any(1) | (placements.prod(1) > MAX_PIXELS)
+    if bool(wrong.any()):
+        image = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"placements[{image}] is {placements[image].tolist()}; the original height and width must be 1 to "
+            f"{MAX_IMAGE_SIDE} and have at most {MAX_PIXELS} pixels."
+        )
+    if bool((placements == torch.tensor(spec.image_size, device=placements.device)).all()):
+        return None
+    return placements.to(values.device, copy=True)
 
 
 def _check_range(token_ids: Tensor, spec: TokenSpec) -> None:

@@ -27,7 +27,8 @@ from mmsdk.cli import _is_user_error, app, guess_family, main
 from mmsdk.data.emoji import PACKAGES, EmojiRecord
 from mmsdk.errors import ImageError
 from mmsdk.tokens import ImageTokens
-from tests.tiny import tiny_one_d_piece, tiny_pipeline, tiny_vq
+from mmsdk.training.tokenizer_recipes import psnr
+from tests.tiny import tiny_one_d_piece, tiny_pipeline, tiny_tokenbridge, tiny_vq
 from tokenizers_img.one_d_piece import OneDPiece
 from tokenizers_img.vq import VQ
 
@@ -286,6 +287,64 @@ def test_the_folder_says_which_tokenizer_it_holds(run: Run, models: Path, photo:
     run("detokenize", "a.tok", "-o", "a.png", "-m", models / "text")
 
 
+def test_a_letterboxed_picture_returns_whole(run: Run, models: Path, photo: Path) -> None:
+    tokenizer = tiny_one_d_piece()
+    run("tokenize", photo, "-o", "photo.tok", "-m", models / "ordered", "--fit", "letterbox")
+    tokens = ImageTokens.load("photo.tok")
+    assert tokens.equal(tokenizer.encode(photo, fit="letterbox"))
+    assert fields(run("inspect", "photo.tok"))["images"] == "1 of 16 x 16 pixels, letterboxed from 30 x 24"
+    assert run("detokenize", "photo.tok", "-o", "a.png", "-m", models / "ordered").endswith("30 x 24 pixels\n")
+    (expected,) = tokenizer.decode(tokens).to_pil()
+    assert np.array_equal(pixels("a.png"), np.asarray(expected))
+    run("detokenize", "photo.tok", "-o", "b.png", "-m", models / "ordered", "--num-tokens", 2, "--scale", 2)
+    assert pixels("b.png").shape == (48, 60, 3)
+
+
+def test_letterboxed_pictures_of_different_sizes_become_files(run: Run, fail: Run, models: Path, photo: Path) -> None:
+    square = np.zeros((9, 9, 3), dtype=np.uint8)
+    tiny_one_d_piece().encode([photo, square], fit="letterbox").save("two.tok")
+    said = run("detokenize", "two.tok", "-o", "two/", "-m", models / "ordered")
+    assert said == "two: 2 pictures of 30 x 24 and 9 x 9 pixels\n"
+    assert [pixels(f"two/{i}.png").shape for i in range(2)] == [(24, 30, 3), (9, 9, 3)]
+    line = fail("detokenize", "two.tok", "-o", "sheet.png", "-m", models / "ordered")
+    assert "2 pictures of different sizes make no sheet 'sheet.png'; name a folder" in line
+
+
+@pytest.mark.parametrize("fit", ["crop", "letterbox"])
+def test_target_psnr_keeps_the_fewest_tokens(run: Run, fail: Run, models: Path, photo: Path, fit: str) -> None:
+    tokenizer = tiny_one_d_piece()
+    tokens = tokenizer.encode(photo, fit=fit)
+    rows = slice(None) if fit == "crop" else slice(1, 14)  # 24 x 30 pixels lie in the rows 1 to 13 of 16
+    reference = tokenizer.preprocess(photo, fit)[:, :, rows]
+    reached = [float(psnr(tokenizer.decode(tokens.truncate(k)).images[:, :, rows], reference)) for k in range(1, 9)]
+    ranked = sorted(reached)
+    for lower, upper in zip(ranked, ranked[1:], strict=False):
+        target = (lower + upper) / 2
+        fewest = next(k for k, quality in enumerate(reached, start=1) if quality >= target)
+        said = run("tokenize", photo, "-o", "a.tok", "-m", models / "ordered", "--fit", fit, "--target-psnr", target)
+        assert ImageTokens.load("a.tok").equal(tokens.truncate(fewest))
+        assert said == f"a.tok: {fewest} tokens, {os.path.getsize('a.tok')} bytes, {reached[fewest - 1]:.1f} dB\n"
+    line = fail("tokenize", photo, "-o", "b.tok", "-m", models / "ordered", "--fit", fit, "--target-psnr", 60)
+    assert f"No number of tokens reaches --target-psnr 60: the best of 1 to 8 is {ranked[-1]:.2f} dB" in line
+    assert not Path("b.tok").exists()
+
+
+def test_bits_are_the_knob_of_tokenbridge(run: Run, fail: Run, photo: Path) -> None:
+    tokenizer = tiny_tokenbridge(bits=3)
+    tiny_tokenbridge(bits=6).save_pretrained("bridge")
+    run("tokenize", photo, "-o", "a.tok", "-m", "bridge", "--bits", 3)
+    tokens = ImageTokens.load("a.tok")
+    assert tokens.equal(tokenizer.encode(photo))
+    run("detokenize", "a.tok", "-o", "a.png", "-m", "bridge")  # the file says how many
+    assert np.array_equal(pixels("a.png"), np.asarray(tokenizer.decode(tokens).to_pil()[0]))
+    run("tokenize", photo, "-o", "b.tok", "-m", "bridge")
+    assert ImageTokens.load("b.tok").spec.codebook_size == (64,) * 4
+    run("detokenize", "b.tok", "-o", "b.png", "-m", "bridge")
+    assert "bits must be" in fail("tokenize", photo, "-o", "c.tok", "-m", "bridge", "--bits", 9)
+    line = fail("tokenize", photo, "-o", "c.tok", "-m", "bridge", "--target-psnr", 20)
+    assert "'tokenbridge' always takes all 64; choose its --bits instead" in line
+
+
 def test_a_batch_of_tokens_becomes_a_sheet_or_files(run: Run, models: Path) -> None:
     tokenizer = tiny_one_d_piece()
     images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -307,6 +366,14 @@ def test_tokenize_refuses(fail: Run, models: Path, photo: Path) -> None:
     )
     assert "of the class VQ, not the 'titok'" in fail("tokenize", photo, *to, "--tokenizer", "titok")
     assert "there is no folder" in fail("tokenize", photo, "-o", "nowhere/a.tok")
+    assert "--bits 4 is a setting of tokenbridge only, not of 'vq'." in fail("tokenize", photo, *to, "--bits", 4)
+    ordered = ("-o", "a.tok", "-m", models / "ordered")
+    assert "--num-tokens makes them cheaper" in fail("tokenize", photo, *ordered, "--bits", 4)
+    assert "'vq' always takes all 16." in fail("tokenize", photo, *to, "--target-psnr", 20)
+    assert "and not both" in fail("tokenize", photo, *ordered, "--target-psnr", 20, "--num-tokens", 3)
+    for target in ("nan", "inf", "0", "-3"):
+        assert "must be a positive number of dB" in fail("tokenize", photo, *ordered, "--target-psnr", target)
+    assert "'stretch' is not one of 'crop', 'letterbox'" in fail("tokenize", photo, *ordered, "--fit", "stretch")
     assert not Path("a.tok").exists()
 
 

@@ -26,16 +26,19 @@ LATENT = TokenSpec("vae", FINGERPRINT, None, False, (2, 2), (16, 16), 4)
 ORDERED_LATENT = TokenSpec("my_vae", FINGERPRINT, None, True, None, (16, 16), 400)
 
 
-def make(spec: TokenSpec, batch: int = 3, num_tokens: int | None = None, seed: int = 0, lengths=None) -> ImageTokens:
+def make(
+    spec: TokenSpec, batch: int = 3, num_tokens: int | None = None, seed: int = 0, lengths=None, placements=None
+) -> ImageTokens:
     generator = torch.Generator().manual_seed(seed)
     num_tokens = num_tokens or min(spec.max_tokens, 24)
-    lengths = None if lengths is None else torch.tensor(lengths)
+    given = {"lengths": lengths, "placements": placements}
+    fields = {"spec": spec} | {name: torch.tensor(value) for name, value in given.items() if value is not None}
     if spec.codebook_size is None:
-        return ImageTokens(latents=torch.randn(batch, num_tokens, 3, generator=generator), lengths=lengths, spec=spec)
+        return ImageTokens(latents=torch.randn(batch, num_tokens, 3, generator=generator), **fields)
     ids = torch.stack(
         [torch.randint(size, (batch, num_tokens), generator=generator) for size in spec.codebook_size], dim=-1
     )
-    return ImageTokens(ids[..., 0] if len(spec.codebook_size) == 1 else ids, lengths=lengths, spec=spec)
+    return ImageTokens(ids[..., 0] if len(spec.codebook_size) == 1 else ids, **fields)
 
 
 CASES = {
@@ -49,6 +52,8 @@ CASES = {
     "one channel": ImageTokens(torch.arange(48).reshape(2, 24, 1), spec=GRID),
     "mixed": make(MIXED, lengths=[9, 1, 4]),
     "latent": make(LATENT),
+    "placed": make(ORDERED, lengths=[3, 24, 1], placements=[[300, 1], [256, 256], [1, 65536]]),
+    "placed latent": make(LATENT, placements=[[16, 16], [8, 200], [16, 15]]),
     "ragged latent": make(ORDERED_LATENT, num_tokens=200, lengths=[200, 7, 150]),
 }
 each_case = pytest.mark.parametrize("tokens", CASES.values(), ids=CASES.keys())
@@ -300,6 +305,7 @@ def test_indexing(tokens):
         got = selected.token_ids if selected.latents is None else selected.latents
         assert torch.equal(got, values[rows])
         assert torch.equal(selected.lengths, tokens.lengths[rows])
+        assert torch.equal(selected._sizes, tokens._sizes[rows])
         assert selected.spec == tokens.spec
 
     last = len(tokens) - 1
@@ -356,6 +362,7 @@ def test_to_the_same_device_copies_nothing():
 def test_gpu_gives_the_same(tokens):
     moved = tokens.to("cuda")
     assert moved.device.type == "cuda" and moved.lengths.device.type == "cuda" and moved.mask.device.type == "cuda"
+    assert moved.placements is None or moved.placements.device.type == "cuda"
     assert moved.to_bytes() == tokens.to_bytes()
     assert moved.equal(tokens)
     assert ImageTokens.from_bytes(tokens.to_bytes(), device="cuda").equal(tokens)
@@ -413,7 +420,7 @@ def test_fingerprint_is_checked():
 
 
 def test_every_truncation_and_every_flipped_bit_is_refused():
-    data = make(ORDERED, batch=2, num_tokens=5, lengths=[5, 2]).to_bytes()
+    data = make(ORDERED, batch=2, num_tokens=5, lengths=[5, 2], placements=[[300, 200], [256, 256]]).to_bytes()
     for length in range(len(data)):
         with pytest.raises(TokenStreamError):
             ImageTokens.from_bytes(data[:length])
@@ -447,7 +454,7 @@ def edited(position: int, *values: int, length: int = 1) -> bytes:
         (SMALL_BODY[:-1], "declares 3 tokens, which take 2 bytes, but has 1"),
         (edited(VERSION, 2), "has version 2; this package reads version 1"),
         (edited(FLAGS, 0x48), "flags 0x0048, which this package cannot read"),
-        (edited(FLAGS, 0x88), "flags 0x0088"),
+        (edited(FLAGS, 0xC8), "flags 0x00c8"),
         (edited(FLAGS + 1, 1), "flags 0x0108"),
         (edited(FLAGS, 0x0B), "flags 0x000b"),
         (edited(TOKENIZER, 99), "tokenizer id 99, which is unknown"),

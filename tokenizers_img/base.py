@@ -7,17 +7,21 @@ import json
 import operator
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from diffusers.utils import BaseOutput
+from PIL import Image
 from torch import Tensor
 
-from mmsdk.errors import TokenStreamError
-from mmsdk.images import ResizeMode, images_to_tensor
+from mmsdk.errors import TokenStreamError, unknown_name
+from mmsdk.images import ResampleFilter, ResizeMode, images_to_tensor, letterbox, undo_letterbox
 from mmsdk.modeling import PretrainedModel
 from mmsdk.tokens import ImageTokens, TokenSpec
+
+Fit: TypeAlias = Literal["crop", "letterbox"]
+_FITS = ("crop", "letterbox")
 
 
 @dataclass
@@ -25,10 +29,17 @@ class ImageTokenizerOutput(BaseOutput):
     """What `decode` and `reconstruct` return.
 
     Attributes:
-        images: float32 `(batch, 3, height, width)` in [0, 1].
+        images: float32 `(batch, 3, height, width)` in [0, 1], of the size that the tokenizer works at; letterboxed
+            images with their margins.
+        placements: those of the tokens, `(batch, 2)`, or None.
     """
 
     images: Tensor
+    placements: Tensor | None = None
+
+    def to_pil(self) -> list[Image.Image]:
+        """Return 8-bit RGB images; letterboxed ones without margins and with the size of their originals."""
+        return undo_letterbox(self.images, self.placements)
 
 
 class ImageTokenizer(PretrainedModel):
@@ -39,13 +50,15 @@ class ImageTokenizer(PretrainedModel):
 
     Attributes:
         quality_knob: the setting that makes unordered tokens cheaper, for messages.
-        resize: how `preprocess` brings images to size, a mode of `images_to_tensor`.
+        resize: how `preprocess` crops images to size, a mode of `images_to_tensor`.
+        resample: the filter that `preprocess` resizes with, one of `images_to_tensor`.
     """
 
     lossless: ClassVar[bool] = False
     ordered: ClassVar[bool] = False
     quality_knob: ClassVar[str | None] = None
     resize: ClassVar[ResizeMode] = "center_crop"
+    resample: ClassVar[ResampleFilter] = "bicubic"
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     @property
@@ -103,17 +116,29 @@ class ImageTokenizer(PretrainedModel):
 
     # ------------------------------------------------------------ images to tokens
 
-    def preprocess(self, images: Any) -> Tensor:
+    def preprocess(self, images: Any, fit: Fit = "crop") -> Tensor:
         """Turn images of any kind and size into float32 `(batch, 3, image_size, image_size)` in [0, 1].
 
-        Takes PIL images, numpy arrays, tensors, paths, bytes, or a list of these. The shorter edge is resized, the
-        centre cut out.
+        Args:
+            images: PIL images, numpy arrays, tensors, paths, bytes, or a list of these.
+            fit: `"crop"` resizes the shorter edge and cuts the centre out; `"letterbox"` keeps the whole image, on
+                white, where `mmsdk.tokens.placement_box` says.
 
         Raises:
             ImageError: an image cannot be read, is too large, or holds values outside [0, 1].
+            UnknownNameError: `fit` is none of the two.
         """
-        size = self.config.image_size
-        return images_to_tensor(images, size=(size, size), resize=self.resize).to(self.device)
+        return self._preprocess(images, fit)[0]
+
+    def _preprocess(self, images: Any, fit: Fit) -> tuple[Tensor, Tensor | None]:
+        """Return what `preprocess` does, and the placements of letterboxed images."""
+        if fit not in _FITS:
+            raise unknown_name("fit", fit, list(_FITS))
+        size = self.config.image_size, self.config.image_size
+        if fit == "letterbox":
+            pixels, placements = letterbox(images, size, self.resample)
+            return pixels.to(self.device), placements
+        return images_to_tensor(images, size, self.resize, self.resample).to(self.device), None
 
     @torch.no_grad()
     def encode(
@@ -121,6 +146,8 @@ class ImageTokenizer(PretrainedModel):
         images: Any,
         num_tokens: int | Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
+        *,
+        fit: Fit = "crop",
     ) -> ImageTokens:
         """Turn images into tokens.
 
@@ -128,24 +155,27 @@ class ImageTokenizer(PretrainedModel):
             images: whatever `preprocess` takes.
             num_tokens: tokens to keep, one number or one per image (ordered tokenizers only; default: all).
             generator: samples the posterior of continuous tokenizers; without it they return its mean.
+            fit: what becomes of images that are not square, as for `preprocess`: `"crop"`, or `"letterbox"`, which
+                notes their sizes in `placements`, so that `decode(tokens).to_pil()` restores them.
 
         Returns:
             Tokens on the model's device.
 
         Raises:
             ImageError: as `preprocess` does.
+            UnknownNameError: `fit` is neither `"crop"` nor `"letterbox"`.
             TypeError: `num_tokens` holds something else than integers.
             ValueError: `num_tokens` is outside 1 to `max_tokens`, or fewer than all of unordered tokens, or has not one
                 entry per image.
         """
         counts = self._check_num_tokens(num_tokens)
-        pixels = self.preprocess(images)
+        pixels, placements = self._preprocess(images, fit)
         if isinstance(counts, list) and len(counts) != len(pixels):
             raise ValueError(f"num_tokens has {len(counts)} entries for {len(pixels)} images.")
-        if isinstance(counts, int):
-            return self._encode(pixels, counts, generator)
-        tokens = self._encode(pixels, max(counts), generator)
-        return tokens.truncate(counts) if self.ordered else tokens
+        tokens = self._encode(pixels, counts if isinstance(counts, int) else max(counts), generator)
+        if isinstance(counts, list) and self.ordered:
+            tokens = tokens.truncate(counts)
+        return tokens if placements is None else replace(tokens, placements=placements)
 
     def _check_num_tokens(self, num_tokens: int | Sequence[int] | Tensor | None) -> int | list[int]:
         """Return one number for all images, or a list with one for each."""
@@ -176,6 +206,9 @@ class ImageTokenizer(PretrainedModel):
     ) -> ImageTokenizerOutput:
         """Turn tokens back into images `(batch, 3, image_size, image_size)` in [0, 1].
 
+        The images of a batch are one tensor whatever their placements; `decode(tokens).to_pil()` gives letterboxed
+        images their own sizes back.
+
         Args:
             tokens: what `encode` returned, or a generator's ids in an `ImageTokens` with this tokenizer's `token_spec`.
             generator: for decoders that draw noise; the others leave it alone.
@@ -195,24 +228,27 @@ class ImageTokenizer(PretrainedModel):
         images = self._decode(tokens.to(self.device), generator, **sampler).float()
         if not bool(torch.isfinite(images).all()):
             raise ValueError("The decoder produced NaN or infinite pixels; load the model in float32.")
-        return ImageTokenizerOutput(images=images.clamp(0, 1))
+        return ImageTokenizerOutput(images=images.clamp(0, 1), placements=tokens.placements)
 
     def reconstruct(
         self,
         images: Any,
         num_tokens: int | Sequence[int] | Tensor | None = None,
         generator: torch.Generator | None = None,
+        *,
+        fit: Fit = "crop",
         **sampler: Any,
     ) -> ImageTokenizerOutput:
         """Encode and decode: what is left of `images` after `num_tokens` tokens."""
-        return self.decode(self.encode(images, num_tokens, generator), generator, **sampler)
+        return self.decode(self.encode(images, num_tokens, generator, fit=fit), generator, **sampler)
 
     def decode_progressive(
         self, tokens: ImageTokens, counts: Sequence[int] | None = None, **sampler: Any
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield `(k, images)` for growing prefixes: 1, 2, 4, ... and all tokens, or the given `counts`.
 
-        An image with fewer than k tokens is decoded from all that it has.
+        An image with fewer than k tokens is decoded from all that it has. The images are those of `decode`:
+        `mmsdk.images.undo_letterbox(images, tokens.placements)` gives letterboxed ones their own sizes back.
 
         Raises:
             ValueError: the tokens are not ordered, or a count exceeds those of the longest image.

@@ -25,10 +25,9 @@ from huggingface_hub import hf_hub_download
 from torch import Generator, Tensor, nn
 
 from mmsdk.errors import CheckpointError, unknown_name
-from mmsdk.images import images_to_tensor
 from mmsdk.loading import load_into, load_original, resolve_pretrained
 from mmsdk.tokens import ImageTokens
-from tokenizers_img.base import ImageTokenizer, ImageTokenizerOutput
+from tokenizers_img.base import Fit, ImageTokenizer, ImageTokenizerOutput
 from tokenizers_img.flextok_original import config_of_file, translate, vae_shape
 from tokenizers_img.quantizers import FSQ
 from tokenizers_img.vae import as_vae
@@ -522,6 +521,7 @@ class FlexTok(ImageTokenizer):
 
     registry_name = "flextok"
     ordered = True
+    resample = "bilinear"  # as published
     _keep_in_fp32_modules: list[str] | None = ["encoder", "quant_conv"]  # noqa: RUF012 - diffusers reads this name
 
     @register_to_config
@@ -599,21 +599,14 @@ class FlexTok(ImageTokenizer):
 
     # ------------------------------------------------------------ images to tokens
 
-    def preprocess(self, images: Any) -> Tensor:
-        """Turn images into tensors as the base class does, but resized bilinearly, as published.
-
-        Raises:
-            ImageError: an image cannot be read, is too large, or holds values outside [0, 1].
-        """
-        size = self.config.image_size
-        return images_to_tensor(images, size=(size, size), resample="bilinear").to(self.device)
-
     def encode(
         self,
         images: Any,
         num_tokens: int | Sequence[int] | Tensor | None = None,
         generator: Generator | None = None,
         sample: bool = False,
+        *,
+        fit: Fit = "crop",
     ) -> ImageTokens:
         """Turn images into tokens.
 
@@ -622,16 +615,18 @@ class FlexTok(ImageTokenizer):
             num_tokens: tokens to keep, one number or one per image (default: all). Fewer are cheaper.
             generator: samples the VAE's posterior where `sample`; without effect otherwise.
             sample: encode a sample of the VAE's posterior, as the published code does, instead of its mode.
+            fit: what becomes of images that are not square, `"crop"` or `"letterbox"`, as in the base class.
 
         Raises:
             ImageError: as `preprocess` does.
+            UnknownNameError: `fit` is neither `"crop"` nor `"letterbox"`.
             TypeError: `num_tokens` holds something else than integers.
             ValueError: `num_tokens` is outside 1 to `max_tokens`, or has not one entry per image, or `sample` has no
                 generator.
         """
         if sample and generator is None:
             raise ValueError("sample=True needs a generator to sample with; got None.")
-        return super().encode(images, num_tokens, generator if sample else None)
+        return super().encode(images, num_tokens, generator if sample else None, fit=fit)
 
     def _encode(self, images: Tensor, num_tokens: int, generator: Generator | None) -> ImageTokens:
         with torch.autocast(self.device.type, enabled=False):

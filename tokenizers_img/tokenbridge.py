@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 
 from mmsdk.errors import unknown_name
 from mmsdk.tokens import ImageTokens
-from tokenizers_img.base import ImageTokenizer
+from tokenizers_img.base import Fit, ImageTokenizer
 from tokenizers_img.quantizers import GaussianQuantizer, QuantizerOutput
 from tokenizers_img.vae import KLVAE, DiffusersVAE, as_vae, vae_config
 
@@ -142,6 +142,8 @@ class TokenBridge(ImageTokenizer):
         num_tokens: int | Sequence[int] | Tensor | None = None,
         generator: Generator | None = None,
         sample: bool = False,
+        *,
+        fit: Fit = "crop",
     ) -> ImageTokens:
         """Turn images into tokens.
 
@@ -150,15 +152,17 @@ class TokenBridge(ImageTokenizer):
             num_tokens: all of them or None: these tokens are not ordered.
             generator: samples the VAE's posterior where `sample`; without effect otherwise.
             sample: quantize a sample of the VAE's posterior, as the published code does, instead of its mode.
+            fit: what becomes of images that are not square, `"crop"` or `"letterbox"`, as in the base class.
 
         Raises:
             ImageError: as `preprocess` does.
+            UnknownNameError: `fit` is neither `"crop"` nor `"letterbox"`.
             TypeError: `num_tokens` holds something else than integers.
             ValueError: fewer than all tokens are asked for, or `sample` has no generator.
         """
         if sample and generator is None:
             raise ValueError("sample=True needs a generator to sample with; got None.")
-        return super().encode(images, num_tokens, generator if sample else None)
+        return super().encode(images, num_tokens, generator if sample else None, fit=fit)
 
     def _encode(self, images: Tensor, num_tokens: int, generator: Generator | None) -> ImageTokens:
         with torch.autocast(self.device.type, enabled=False):
