@@ -28,9 +28,19 @@ REGISTRY: dict[str, str] = {
     "vae": "tokenizers_img.vae:KLVAE",
     "llamagen": "generators.llamagen:LlamaGen",
     "ar_image_pipeline": "generators.pipelines:ARImagePipeline",
+    "divprune": "pruning.divprune:DivPrune",
+    "hired": "pruning.hired:HiRED",
+    "globalcom2": "pruning.globalcom2:GlobalCom2",
+    "visionzip": "pruning.visionzip:VisionZip",
+    "random": "pruning.random:RandomPruner",
+    "uniform": "pruning.uniform:UniformPruner",
+    "diffrate": "pruning.diffrate:DiffRate",
+    "prefixkv": "pruning.prefixkv:PrefixKV",
+    "quecc": "pruning.quecc:QueCC",
     "evaluator": "mmsdk.bench.evaluator:Evaluator",
 }
 TOKENIZERS = ("vq", "titok", "one_d_piece", "flextok", "tokenbridge", "vae")
+PRUNERS = ("divprune", "hired", "globalcom2", "visionzip", "random", "uniform")
 
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 _WRAPPERS = ("model_ema", "model", "module", "state_dict")
