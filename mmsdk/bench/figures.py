@@ -56,21 +56,24 @@ def line_plot(
     y_label: str,
     title: str,
     log2_x: bool = False,
+    ticks: Sequence[float] | None = None,
 ) -> Path:
-    """Write a plot of `label -> (x, y)`; a series of one point becomes a marker. Returns the path."""
+    """Write a plot of `label -> (x, y)`; a series of one point becomes a marker. Returns the path.
+
+    A logarithmic axis has its ticks at `ticks`, by default at every x.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    ticks: set[float] = set()
     for label, (x, y) in series.items():
         axes.plot(x, y, marker="o" if len(x) > 1 else "D", linestyle="-" if len(x) > 1 else "none", label=label)
-        ticks |= set(x)
     if log2_x:
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted(ticks), [f"{t:g}" for t in sorted(ticks)])
+        ticks = sorted({x for values, _ in series.values() for x in values}) if ticks is None else ticks
+        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(alpha=0.3)

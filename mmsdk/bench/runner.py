@@ -21,6 +21,7 @@ from mmsdk.errors import unknown_name
 
 BENCHMARKS: dict[str, str] = {
     "reconstruction": "mmsdk.bench.reconstruction:reconstruction",
+    "rate-distortion": "mmsdk.bench.rate_distortion:rate_distortion",
     "t2i": "mmsdk.bench.text_to_image:text_to_image",
     "llamagen": "mmsdk.bench.llamagen:llamagen",
     "tokens": "mmsdk.bench.tokens:tokens",
