@@ -162,6 +162,7 @@ class Pruner(ABC):
         default_factory=WeakKeyDictionary, init=False, repr=False, compare=False
     )
 
+    lossless: ClassVar[bool] = False
     needs_layout: ClassVar[bool] = False
     needs_text: ClassVar[bool] = False
 
