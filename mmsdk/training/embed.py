@@ -1,6 +1,7 @@
 """Turn finished runs into the models that ship with the package: float16 safetensors, configuration, model card, index.
 
-`python -m mmsdk.training.embed ~/runs` reads the folders that `mmsdk train` wrote below `~/runs`.
+`python -m mmsdk.training.embed ~/runs` reads the folders that `mmsdk train` wrote below `~/runs`; names of models
+behind it embed these alone.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmsdk.errors import DataError
+from mmsdk.data.emoji import EmojiDataset
+from mmsdk.errors import DataError, unknown_name
 from mmsdk.loading import WEIGHTS_FOLDER, resolve
 from mmsdk.tokens import write_atomically
 
@@ -66,6 +69,33 @@ MODELS = (
         {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50},
     ),
     EmbeddedModel(
+        "emoji-64-vae",
+        "vae",
+        "vae",
+        "emoji-64: KL autoencoder",
+        "A convolutional KL autoencoder of 64 x 64 images: 8 x 8 latents of 8 channels. FlexTok and TokenBridge work "
+        "on its latents.",
+        "all seven sets",
+    ),
+    EmbeddedModel(
+        "emoji-64-tokenbridge",
+        "vae",
+        "tokenbridge",
+        "emoji-64: TokenBridge",
+        "The KL autoencoder of `emoji-64` with its latents quantized channel by channel, 1 to 8 bits each, without "
+        "any training of its own.",
+        "all seven sets",
+    ),
+    EmbeddedModel(
+        "emoji-64-flextok",
+        "flextok",
+        "flextok",
+        "emoji-64: FlexTok",
+        "1 to 32 ordered tokens (codebook 4096) for an image, and a rectified-flow decoder that draws a plausible "
+        "image from any number of them.",
+        "all seven sets",
+    ),
+    EmbeddedModel(
         "emoji-64-evaluator",
         "evaluator",
         "evaluator",
@@ -83,6 +113,9 @@ INDEX = {
         "llamagen": "emoji-64/transformer",
         "vq": "emoji-64/image_tokenizer",
         "one_d_piece": "emoji-64-1d/image_tokenizer",
+        "vae": "emoji-64-vae",
+        "tokenbridge": "emoji-64-tokenbridge",
+        "flextok": "emoji-64-flextok",
         "evaluator": "emoji-64-evaluator",
     },
     "emoji-64-1d": {
@@ -109,6 +142,16 @@ def _forget_paths(folder: Path) -> None:
             write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
+def _finished(run: Path, model: EmbeddedModel) -> Any:
+    """Load what a run made; TokenBridge is the VAE's run with the scale of its latents measured."""
+    if model.component != "tokenbridge":
+        return resolve(model.component).from_pretrained(run / "model")
+    loaded = resolve("tokenbridge")(resolve("vae").from_pretrained(run / "model"), bits=6)
+    images = EmojiDataset("train").images
+    loaded.fit_scale(torch.from_numpy(images[:: len(images) // 1024]).permute(0, 3, 1, 2))
+    return loaded
+
+
 def embed(run: Path, model: EmbeddedModel, weights: Path = WEIGHTS_FOLDER) -> Path:
     """Write one model below `weights` and return its folder.
 
@@ -118,7 +161,7 @@ def embed(run: Path, model: EmbeddedModel, weights: Path = WEIGHTS_FOLDER) -> Pa
     last = _last_evaluation(run)
     config = json.loads((run / "config.json").read_text())
     target = weights / model.folder
-    loaded: Any = resolve(model.component).from_pretrained(run / "model")
+    loaded = _finished(run, model)
     shutil.rmtree(target, ignore_errors=True)
     if model.defaults:
         loaded.register_to_config(**model.defaults)
@@ -138,10 +181,18 @@ def embed(run: Path, model: EmbeddedModel, weights: Path = WEIGHTS_FOLDER) -> Pa
     return target
 
 
-def main(runs: str) -> None:
-    """Embed every model whose run exists below `runs`, and write the index."""
+def main(runs: str, names: Sequence[str] = ()) -> None:
+    """Embed every model whose run exists below `runs` (or those called `names`), and write the index.
+
+    Raises:
+        UnknownNameError: no model has one of the names.
+    """
+    known = [model.folder for model in MODELS]
+    for name in names:
+        if name not in known:
+            raise unknown_name("embedded model", name, known)
     for model in MODELS:
-        if (Path(runs) / model.recipe / "model").exists():
+        if model.folder in (names or known) and (Path(runs) / model.recipe / "model").exists():
             embed(Path(runs) / model.recipe, model)
     present = {name: {k: v for k, v in parts.items() if (WEIGHTS_FOLDER / v).exists()} for name, parts in INDEX.items()}
     index = {name: parts for name, parts in present.items() if parts}
@@ -149,4 +200,4 @@ def main(runs: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])
