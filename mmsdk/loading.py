@@ -89,6 +89,26 @@ def resolve_pretrained(component: str, name: str | PathLike[str]) -> str:
     raise unknown_name("model (no embedded model, local folder or hub id `owner/name`)", text, list(index))
 
 
+def load_vlm(name: str | PathLike[str] = "emoji-vqa", **kwargs: Any) -> tuple[Any, Any]:
+    """Load a vision-language model of transformers with its processor.
+
+    Args:
+        name: embedded name, local folder or hub id.
+        **kwargs: of `AutoModelForImageTextToText.from_pretrained`, for example `dtype`.
+
+    Returns:
+        The model in evaluation mode, and its processor.
+
+    Raises:
+        UnknownNameError: `name` is no embedded model, no folder and no hub id.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    source = resolve_pretrained("vlm", name)
+    model = AutoModelForImageTextToText.from_pretrained(source, **kwargs)
+    return model.eval(), AutoProcessor.from_pretrained(source)
+
+
 def load_original(source: str | PathLike[str] | Mapping[str, Any]) -> dict[str, Tensor]:
     """Read a published checkpoint and unwrap it to its state dict.
 

@@ -18,6 +18,7 @@ RECIPES: dict[str, str] = {
     "llamagen": "mmsdk.training.generator_recipes:LlamaGenRecipe",
     "llamagen_1d": "mmsdk.training.generator_recipes:LlamaGen1DRecipe",
     "evaluator": "mmsdk.training.evaluator_recipe:EvaluatorRecipe",
+    "emoji_vqa": "mmsdk.training.vqa_recipe:EmojiVQARecipe",
 }
 
 
