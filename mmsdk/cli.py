@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from mmsdk.entropy import EntropyModel
     from mmsdk.tokens import ImageTokens, TokenSpec
     from tokenizers_img.base import ImageTokenizer
 
@@ -199,6 +200,12 @@ def tokenize(
     tokenizer: Annotated[
         str | None, typer.Option(help="Which tokenizer of the model. Default: the folder's own, else one_d_piece.")
     ] = None,
+    entropy_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Generator of such tokens, such as emoji-64-1d: likely tokens then take fewer bits."
+        ),
+    ] = None,
     model: ModelOption = DEFAULT_MODEL,
 ) -> None:
     """Turn a picture into a file of tokens.
@@ -213,6 +220,7 @@ def tokenize(
       mmsdk tokenize photo.jpg -o small.tok --num-tokens 8
       mmsdk tokenize photo.jpg -o good.tok --target-psnr 20
       mmsdk tokenize photo.jpg -o grid.tok --tokenizer vq
+      mmsdk tokenize photo.jpg -o coded.tok --num-tokens 32 --entropy-model emoji-64-1d
     """  # noqa: D301
     if target_psnr is not None and num_tokens is not None:
         raise ValueError("Give --num-tokens or --target-psnr, which chooses the number, and not both.")
@@ -230,8 +238,11 @@ def tokenize(
     if target_psnr is not None:
         tokens, quality = _fewest_tokens(encoder, tokens, encoder.preprocess(picture, fit), target_psnr)
         reached = f", {quality:.1f} dB"
-    tokens.save(output)
-    typer.echo(f"{output}: {int(tokens.lengths[0])} tokens, {output.stat().st_size} bytes{reached}")
+    tight = len(tokens.to_bytes())
+    tokens.save(output, _load_entropy_model(entropy_model))
+    size = output.stat().st_size
+    saved = "" if entropy_model is None else f" ({tight} without entropy coding)"
+    typer.echo(f"{output}: {int(tokens.lengths[0])} tokens, {size} bytes{saved}{reached}")
 
 
 def _fewest_tokens(
@@ -276,6 +287,10 @@ def detokenize(
         ),
     ],
     num_tokens: Annotated[int | None, typer.Option(help="Use the first so many tokens (ordered tokens only).")] = None,
+    entropy_model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="What the file was written with, if it was entropy coded."),
+    ] = None,
     model: ModelOption = DEFAULT_MODEL,
     scale: Annotated[int, typer.Option(min=1, help="Enlarge by this factor.")] = 1,
 ) -> None:
@@ -292,10 +307,10 @@ def detokenize(
     target = _PictureTarget.check(output)
     from mmsdk.tokens import ImageTokens
 
-    tokens = ImageTokens.load(tokens_file)
+    _quiet_libraries()
+    tokens = ImageTokens.load(tokens_file, entropy_model=_load_entropy_model(entropy_model))
     if num_tokens is not None:
         tokens = tokens.truncate(num_tokens)
-    _quiet_libraries()
     decoder = _load_tokenizer(model, tokens.spec.tokenizer, _stated_bits(tokens.spec))
     _set_threads(None, decoder)
     typer.echo(target.write(decoder.decode(tokens).to_pil(), scale))
@@ -650,6 +665,15 @@ def _from_original(target: Any, checkpoint: Path, config: str | None, image_size
 
 
 # ---------------------------------------------------------------- shared
+
+
+def _load_entropy_model(name: str | None) -> EntropyModel | None:
+    """Load the generator that predicts tokens; None for None."""
+    if name is None:
+        return None
+    from mmsdk.loading import resolve
+
+    return resolve("llamagen_entropy")(resolve("llamagen").from_pretrained(name))
 
 
 def _load_tokenizer(model: str, component: str | None, bits: int | None = None) -> Any:

@@ -27,6 +27,7 @@ REGISTRY: dict[str, str] = {
     "tokenbridge": "tokenizers_img.tokenbridge:TokenBridge",
     "vae": "tokenizers_img.vae:KLVAE",
     "llamagen": "generators.llamagen:LlamaGen",
+    "llamagen_entropy": "generators.entropy:LlamaGenEntropyModel",
     "ar_image_pipeline": "generators.pipelines:ARImagePipeline",
     "divprune": "pruning.divprune:DivPrune",
     "hired": "pruning.hired:HiRED",

@@ -18,7 +18,8 @@ A stream holds one batch. Integers are unsigned LEB128 varints in their shortest
     placements       original height, width of each image                    only with PLACED, see `placement_box`
     payload          image after image, only the tokens within its length: ids as ceil(log2(codebook size)) bits per
                      channel, most significant bit first, then zero bits up to a whole byte; latents as float32,
-                     little endian
+                     little endian; with CODED the CRC32 of that (4 bytes, little endian), then the same ids as
+                     `mmsdk.entropy` codes them, where this takes fewer bytes
     CRC32            4 bytes, little endian, over all that precedes
 
 Every batch has exactly one stream: what a writer would not have written is refused.
@@ -42,6 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmsdk.entropy import MAX_TOKENS_PER_BYTE, EntropyModel, check_entropy_model, code_ids, decode_ids
 from mmsdk.errors import TokenStreamError
 
 # Names that take one byte in a stream. They are part of the format, so ids are only ever added.
@@ -60,9 +62,8 @@ _CRC_SIZE = 4
 _TOKENIZER_NAMES = {number: name for name, number in TOKENIZER_IDS.items()}
 
 _LATENTS, _CHANNELS, _PER_CHANNEL, _ORDERED, _GRID, _RAGGED = (1 << bit for bit in range(6))
-# Bit 6 is spoken for and stays refused until it is written: an entropy-coded payload.
-_PLACED = 1 << 7
-_KNOWN_FLAGS = (1 << 6) - 1 | _PLACED
+_CODED, _PLACED = 1 << 6, 1 << 7
+_KNOWN_FLAGS = (1 << 8) - 1
 
 
 @dataclass(frozen=True)
@@ -382,12 +383,17 @@ class ImageTokens:
             and torch.equal(self._values, other._values.to(self.device))
         )
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, entropy_model: EntropyModel | None = None) -> bytes:
         """Pack into a byte stream: exact, tight, with the fingerprint and a CRC32. The module describes the format.
 
+        Args:
+            entropy_model: predicts the ids, so that likely ones take fewer bits. Such a stream is written only where it
+                is smaller, and read with the same model on the same machine only. None packs tightly.
+
         Raises:
+            ImportError: `entropy_model` needs the extra `entropy`.
             ValueError: if the batch is so ragged that reading it back would need far more memory than its bytes
-                (beyond 4 million values, 1024 values for each byte).
+                (beyond 4 million values, 1024 values for each byte), or if `entropy_model` is for other tokens.
         """
         spec = self.spec
         lengths = self.lengths.tolist()
@@ -396,6 +402,7 @@ class ImageTokens:
             payload = _pack_bits(values.reshape(len(values), -1), self._bits)
         else:
             payload = values.astype("<f4").tobytes()
+        coded = None if entropy_model is None else self._coded_payload(payload, entropy_model)
 
         sizes = spec.codebook_size
         per_channel = sizes is not None and len(set(sizes)) > 1
@@ -408,6 +415,7 @@ class ImageTokens:
                 (_ORDERED, spec.ordered),
                 (_GRID, spec.grid is not None),
                 (_RAGGED, min(lengths) < self.num_tokens),
+                (_CODED, coded is not None),
                 (_PLACED, self.placements is not None),
             )
             if is_set
@@ -427,7 +435,7 @@ class ImageTokens:
         numbers += [] if self.placements is None else self.placements.flatten().tolist()
         for number in numbers:
             stream += _varint(number)
-        stream += payload
+        stream += payload if coded is None else coded
         stream += struct.pack("<I", zlib.crc32(stream))
         if self._values.numel() > _max_values(len(stream)):
             raise ValueError(
@@ -438,7 +446,11 @@ class ImageTokens:
 
     @classmethod
     def from_bytes(
-        cls, data: bytes, expected_fingerprint: str | None = None, device: torch.device | str = "cpu"
+        cls,
+        data: bytes,
+        expected_fingerprint: str | None = None,
+        device: torch.device | str = "cpu",
+        entropy_model: EntropyModel | None = None,
     ) -> ImageTokens:
         """Read what `to_bytes` wrote.
 
@@ -449,10 +461,12 @@ class ImageTokens:
             data: the whole stream, nothing before or after it.
             expected_fingerprint: the fingerprint of the tokenizer that is to decode the tokens; None accepts any.
             device: device of the result.
+            entropy_model: the one that the stream was written with; not used for streams that were packed tightly.
 
         Raises:
-            TokenStreamError: if the data is damaged, truncated, not a token stream, of another version, or of a
-                tokenizer with another fingerprint.
+            ImportError: `entropy_model` needs the extra `entropy`.
+            TokenStreamError: if the data is damaged, truncated, not a token stream, of another version, of a tokenizer
+                with another fingerprint, or coded with another entropy model.
         """
         stream = bytes(memoryview(data))
         if stream[: len(_MAGIC)] != _MAGIC:
@@ -466,15 +480,15 @@ class ImageTokens:
                 f"The token stream is damaged or truncated: the CRC32 of its {len(stream)} bytes does not match."
             )
         try:
-            return cls._parse(body, expected_fingerprint).to(device)
+            return cls._parse(body, expected_fingerprint, entropy_model).to(device)
         except TokenStreamError:
             raise
         except ValueError as error:
             raise TokenStreamError(f"The token stream contradicts itself: {error}") from error
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], entropy_model: EntropyModel | None = None) -> None:
         """Write the stream to a file; an interrupted write leaves the old file, or none."""
-        write_atomically(path, self.to_bytes())
+        write_atomically(path, self.to_bytes(entropy_model))
 
     @classmethod
     def load(
@@ -482,6 +496,7 @@ class ImageTokens:
         path: str | os.PathLike[str],
         expected_fingerprint: str | None = None,
         device: torch.device | str = "cpu",
+        entropy_model: EntropyModel | None = None,
     ) -> ImageTokens:
         """Read a file that `save` wrote.
 
@@ -491,7 +506,7 @@ class ImageTokens:
         """
         data = Path(path).read_bytes()
         try:
-            return cls.from_bytes(data, expected_fingerprint, device)
+            return cls.from_bytes(data, expected_fingerprint, device, entropy_model)
         except TokenStreamError as error:
             raise TokenStreamError(f"{os.fspath(path)}: {error}") from error
 
@@ -516,13 +531,21 @@ class ImageTokens:
             return ImageTokens(token_ids=values, lengths=lengths, placements=placements, spec=self.spec)
         return ImageTokens(latents=values, lengths=lengths, placements=placements, spec=self.spec)
 
+    def _coded_payload(self, payload: bytes, entropy_model: EntropyModel) -> bytes | None:
+        """Code the ids, with the checksum of their tight `payload`; None where that is not smaller."""
+        check_entropy_model(entropy_model, self.spec.codebook_size, self.num_tokens)
+        ids = self._values.cpu().numpy().reshape(self.batch_size, self.num_tokens)
+        coded = struct.pack("<I", zlib.crc32(payload)) + code_ids(ids, self.lengths.cpu().numpy(), entropy_model)
+        fits = int(self.lengths.sum()) <= MAX_TOKENS_PER_BYTE * len(coded)
+        return coded if len(coded) < len(payload) and fits else None
+
     @classmethod
-    def _parse(cls, body: bytes, expected_fingerprint: str | None) -> ImageTokens:
+    def _parse(cls, body: bytes, expected_fingerprint: str | None, entropy_model: EntropyModel | None) -> ImageTokens:
         reader = _Reader(body, len(_MAGIC))
         version, flags, tokenizer_id = struct.unpack("<BHB", reader.take(4, "header"))
         if version != _VERSION:
             raise TokenStreamError(f"The token stream has version {version}; this package reads version {_VERSION}.")
-        if flags & ~_KNOWN_FLAGS or (flags & _LATENTS and flags & (_CHANNELS | _PER_CHANNEL)):
+        if flags & ~_KNOWN_FLAGS or (flags & _LATENTS and flags & (_CHANNELS | _PER_CHANNEL | _CODED)):
             raise TokenStreamError(
                 f"The token stream has flags 0x{flags:04x}, which this package cannot read; "
                 "a later version may have written it."
@@ -579,7 +602,12 @@ class ImageTokens:
             if bool((placements == torch.tensor(image_size)).all()):
                 raise TokenStreamError("The token stream lists placements although every image has the decoded size.")
         size = (total * sum(bits) + 7) // 8
-        if size != reader.left:
+        coded = bool(flags & _CODED)
+        if coded and (reader.left >= size or total > MAX_TOKENS_PER_BYTE * reader.left):
+            raise TokenStreamError(
+                f"The token stream declares {total} coded tokens, which it would not have in {reader.left} bytes."
+            )
+        if not coded and size != reader.left:
             raise TokenStreamError(
                 f"The token stream declares {total} tokens, which take {size} bytes, but has {reader.left}."
             )
@@ -590,7 +618,7 @@ class ImageTokens:
             )
         if not flags & _RAGGED:
             lengths = np.full(batch, num_tokens, dtype=np.int64)
-        payload = reader.take(size, "payload")
+        payload = _decoded(reader, lengths, num_tokens, spec, entropy_model) if coded else reader.take(size, "payload")
 
         mask = np.arange(num_tokens) < lengths[:, None]
         values: np.ndarray
@@ -676,6 +704,26 @@ class _Reader:
         if not 1 <= value <= high or (shift and byte == 0):
             raise TokenStreamError(f"The token stream's {what} is {value} in {shift // 7 + 1} bytes; at most {high}.")
         return value
+
+
+def _decoded(
+    reader: _Reader, lengths: np.ndarray, num_tokens: int, spec: TokenSpec, entropy_model: EntropyModel | None
+) -> bytes:
+    """Decode a coded payload and return it packed tightly, as its checksum expects it."""
+    if entropy_model is None:
+        raise TokenStreamError("The token stream is entropy coded: pass the `entropy_model` that it was written with.")
+    check_entropy_model(entropy_model, spec.codebook_size, num_tokens)
+    checksum = reader.take(4, "checksum of the ids")
+    ids = decode_ids(reader.take(reader.left, "coded ids"), lengths, num_tokens, entropy_model)
+    if ids is not None:
+        mask = np.arange(num_tokens) < lengths[:, None]
+        payload = _pack_bits(ids[mask][:, None], [(entropy_model.codebook_size - 1).bit_length()])
+        if struct.pack("<I", zlib.crc32(payload)) == checksum:
+            return payload
+    raise TokenStreamError(
+        "The ids of the token stream do not match their checksum: it was coded with another entropy model, or on a "
+        "machine (or with a number of threads) that rounds differently."
+    )
 
 
 def _varint(value: int) -> bytes:

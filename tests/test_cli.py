@@ -550,7 +550,7 @@ def test_bench_lists_and_runs(run: Run, cache: Path, models: Path) -> None:
 
 
 def test_bench_refuses(fail: Run) -> None:
-    assert "Unknown benchmark 'token'. Did you mean 'tokens'?" in fail("bench", "token")
+    assert "Unknown benchmark 'token'. Did you mean 'tokens'" in fail("bench", "token")
     assert "Unknown option of the benchmark 'tokens' 'repeat'" in fail("bench", "tokens", "--option", "repeat=1")
     assert "there is no folder nowhere" in fail("bench", "tokens", "--json", "nowhere/figures.json")
 
@@ -669,3 +669,11 @@ def test_interrupting_ends_with_130_and_no_traceback(here: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in err
     assert sorted(os.listdir(here)) == ["picture.png"]
+
+
+def test_entropy_coded_files(run: Run, here: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(here / "red.png")
+    said = run("tokenize", "red.png", "-o", "red.tok", "--num-tokens", "32", "--entropy-model", "emoji-64-1d")
+    assert "without entropy coding)" in said
+    run("detokenize", "red.tok", "-o", "again.png", "--entropy-model", "emoji-64-1d")
+    assert (here / "again.png").is_file()

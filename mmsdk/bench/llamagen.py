@@ -18,6 +18,7 @@ from generators.base import Trace
 from generators.guidance import combine
 from generators.llamagen import LlamaGen, TransformerBlock, rotary_table
 from generators.pipelines import ARImagePipeline
+from mmsdk.bench.measure import interleaved
 from mmsdk.bench.runner import BenchResult
 from mmsdk.bench.text_to_image import prompt_fits
 from mmsdk.decoding.sampling import draw_uniforms, process_logits, sample_inverse_cdf
@@ -200,7 +201,7 @@ def llamagen(
         )
         published = partial(plain.generate, condition, count, guidance_scale, uniforms)
         _check_equal(ours(trace=trace).token_ids, published(), batch)
-        our_times, plain_times = _interleaved(ours, published, repeats)
+        our_times, plain_times = interleaved([ours, published], repeats)
         our_speed, plain_speed = (batch * count / statistics.median(t) for t in (our_times, plain_times))
         attended = [sum(trace.positions[: i + 1]) for i in range(trace.forwards)]
         capacity = transformer.config.num_condition_tokens + count
@@ -256,15 +257,3 @@ def _check_equal(ours: Tensor, plain: Tensor, batch: int) -> None:
             f"Both sides must give the same tokens, but at batch {batch} image {row} differs from token {step} on "
             f"({int(ours[row, step])} and {int(plain[row, step])}): their speeds cannot be compared."
         )
-
-
-def _interleaved(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[list[float], list[float]]:
-    """Time two functions in turn, so that what else the machine does hits both alike."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats):
-        # Each goes first every other time.
-        for side in (0, 1) if repeat % 2 == 0 else (1, 0):
-            started = time.perf_counter()
-            (first, second)[side]()
-            times[side].append(time.perf_counter() - started)
-    return times

@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, str] = {
     "t2i": "mmsdk.bench.text_to_image:text_to_image",
     "llamagen": "mmsdk.bench.llamagen:llamagen",
     "tokens": "mmsdk.bench.tokens:tokens",
+    "entropy": "mmsdk.bench.entropy:entropy",
     "prune-accuracy": "mmsdk.bench.prune_accuracy:prune_accuracy",
 }
 

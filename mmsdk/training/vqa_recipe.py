@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as transforms  # type: ignore[import-untyped]
+from torchvision.transforms.v2 import functional as transforms
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
