@@ -530,6 +530,11 @@ def data(
         Path | None, typer.Option(metavar="FOLDER", help="Default: $MMSDK_CACHE, else ~/.cache/mmsdk.")
     ] = None,
     licences: Annotated[bool, typer.Option("--licences", help="Only show the image sets and their licences.")] = False,
+    vqa: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Also write the emoji-vqa test scenes and their questions there."),
+    ] = None,
+    vqa_scenes: Annotated[int, typer.Option(min=1, help="How many scenes; each has four questions.")] = 132,
 ) -> None:
     """Fetch and build the emoji data set.
 
@@ -540,6 +545,7 @@ def data(
     Examples:
       mmsdk data --licences
       mmsdk data
+      mmsdk data --vqa emoji-vqa-test
     """  # noqa: D301
     from mmsdk.data.emoji import PACKAGES, build_emoji_dataset
 
@@ -553,6 +559,10 @@ def data(
     _show_log()
     folder = build_emoji_dataset(cache_dir)
     typer.echo(f"{folder}: {len(json.loads((folder / 'records.json').read_text())):,} images")
+    if vqa is not None:
+        from mmsdk.data.emoji_vqa import write_scenes
+
+        typer.echo(f"{write_scenes(vqa, count=vqa_scenes, cache_dir=cache_dir)}: {vqa_scenes} scenes, questions.jsonl")
 
 
 @app.command()

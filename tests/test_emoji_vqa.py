@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mmsdk.data.emoji import EmojiRecord
-from mmsdk.data.emoji_vqa import CELLS, KINDS, NOTHING, NUMBERS, QUESTIONS, EmojiScenes, Scene, ask
+from mmsdk.data.emoji_vqa import CELLS, KINDS, NOTHING, NUMBERS, QUESTIONS, EmojiScenes, Scene, ask, write_scenes
 from mmsdk.errors import UnknownNameError
 from mmsdk.training.loop import train
 from mmsdk.training.vqa_recipe import EmojiVQARecipe, answer, pixels_to_tiles, vqa_model, vqa_processor
@@ -157,3 +158,16 @@ def test_embeddings_are_tied_and_the_tower_has_a_class_token() -> None:
     model = vqa_model(vqa_processor().tokenizer)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert model.model.vision_tower.embeddings.class_embedding.shape == (128,)
+
+
+def test_scenes_are_written_with_their_questions(tmp_path: Path) -> None:
+    folder = write_scenes(tmp_path / "vqa", count=3)
+    lines = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    assert [line["task"] for line in lines] == list(QUESTIONS) * 3
+    scenes = EmojiScenes("test")
+    for i, line in enumerate(lines):
+        question = scenes.question(i // 4, line["task"])
+        assert (line["question"], line["answer"]) == (question.text, question.answer)
+        assert np.array_equal(np.asarray(Image.open(folder / line["image"])), scenes[i // 4].pixels)
+    with pytest.raises(ValueError, match="count must be at least 1, received 0"):
+        write_scenes(tmp_path, count=0)

@@ -7,6 +7,7 @@ from the left, rows `1` to `4` from the top. Scenes and questions are pure funct
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 from mmsdk.data.emoji import IMAGE_SIZE, EmojiDataset
 from mmsdk.errors import unknown_name
+from mmsdk.tokens import write_atomically
 
 GRID = 4
 SCENE_SIZE = GRID * IMAGE_SIZE
@@ -109,6 +111,32 @@ class EmojiScenes:
         """Return the question of `task` about scene number `index` (the same one at every call)."""
         rng = random.Random(f"emoji-vqa question {task} {self.split} {index}")  # noqa: S311 - not for cryptography
         return ask(self[index], task, rng)
+
+
+def write_scenes(
+    folder: str | Path, split: str = "test", count: int = 132, cache_dir: str | Path | None = None
+) -> Path:
+    """Write scenes as PNG files, and `questions.jsonl` with one question of each task about each; return the folder.
+
+    Raises:
+        ValueError: `count` is not positive.
+        UnknownNameError, DataError: as `EmojiScenes`.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, received {count}.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes = EmojiScenes(split, cache_dir)
+    lines = []
+    for index in range(count):
+        name = f"{split}-{index:04d}.png"
+        scenes[index].image.save(folder / name, optimize=True)
+        questions = [scenes.question(index, task) for task in QUESTIONS]
+        lines += [
+            json.dumps({"image": name, "question": q.text, "answer": q.answer, "task": q.task}) for q in questions
+        ]
+    write_atomically(folder / "questions.jsonl", ("\n".join(lines) + "\n").encode())
+    return folder
 
 
 def _draw_kinds(rng: random.Random) -> list[str]:

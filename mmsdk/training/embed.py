@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from mmsdk.data.emoji import EmojiDataset
+from mmsdk.data.emoji_vqa import write_scenes
 from mmsdk.errors import DataError, unknown_name
-from mmsdk.loading import WEIGHTS_FOLDER, resolve
+from mmsdk.loading import WEIGHTS_FOLDER, load_vlm, resolve
 from mmsdk.tokens import write_atomically
 
 _CARD = """---
@@ -32,7 +33,7 @@ library_name: mmsdk
 - Data: `emoji-64` (`mmsdk data`), {data}. The image sets and their licences are listed in NOTICE.
 - Made by: `mmsdk train {recipe}` ({steps} steps of {batch_size} images).
 - Last evaluation of the training: {evaluation}.
-- Limits: 64 x 64 pixels; emoji and flat illustrations only. Not for photographs.
+- Limits: {limits}
 """
 
 
@@ -46,6 +47,7 @@ class EmbeddedModel:
     title: str
     text: str
     data: str
+    limits: str = "64 x 64 pixels; emoji and flat illustrations only. Not for photographs."
     defaults: dict[str, float] = field(default_factory=dict)
 
 
@@ -57,7 +59,7 @@ MODELS = (
         "emoji-64: text to image over grid tokens",
         "LlamaGen over an 8 x 8 grid of VQ tokens (codebook 4096), with a small T5 encoder trained along.",
         "the noto, twemoji and fluent flat sets for the generator, all seven sets for the tokenizer",
-        {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50},
+        defaults={"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50},
     ),
     EmbeddedModel(
         "emoji-64-1d",
@@ -66,7 +68,7 @@ MODELS = (
         "emoji-64-1d: text to image over One-D-Piece tokens",
         "LlamaGen over the tokens of a One-D-Piece tokenizer (64, codebook 4096): it can stop after any of them.",
         "the noto, twemoji and fluent flat sets for the generator, all seven sets for the tokenizer",
-        {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50},
+        defaults={"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50},
     ),
     EmbeddedModel(
         "emoji-64-vae",
@@ -96,6 +98,18 @@ MODELS = (
         "all seven sets",
     ),
     EmbeddedModel(
+        "emoji-vqa",
+        "emoji_vqa",
+        "vlm",
+        "emoji-vqa: questions about grids of emoji",
+        "A LLaVA-NeXT (AnyRes: a base view and up to four crops of 128 pixels, 336 visual tokens for 256 x 256 pixels) "
+        "that answers `what is at b3?`, `where is the cat?`, `is there any cat?` and `how many cat?` with one word. "
+        "Columns are a to d from the left, rows 1 to 4 from the top. `examples` holds scenes it has not seen, with "
+        "questions.",
+        "scenes of 48 emoji in five sets",
+        limits="these four questions about 4 x 4 grids of these 48 emoji, and nothing else.",
+    ),
+    EmbeddedModel(
         "emoji-64-evaluator",
         "evaluator",
         "evaluator",
@@ -118,6 +132,7 @@ INDEX = {
         "flextok": "emoji-64-flextok",
         "evaluator": "emoji-64-evaluator",
     },
+    "emoji-vqa": {"vlm": "emoji-vqa"},
     "emoji-64-1d": {
         "ar_image_pipeline": "emoji-64-1d",
         "llamagen": "emoji-64-1d/transformer",
@@ -144,6 +159,8 @@ def _forget_paths(folder: Path) -> None:
 
 def _finished(run: Path, model: EmbeddedModel) -> Any:
     """Load what a run made; TokenBridge is the VAE's run with the scale of its latents measured."""
+    if model.component == "vlm":
+        return load_vlm(run / "model")
     if model.component != "tokenbridge":
         return resolve(model.component).from_pretrained(run / "model")
     loaded = resolve("tokenbridge")(resolve("vae").from_pretrained(run / "model"), bits=6)
@@ -165,6 +182,10 @@ def embed(run: Path, model: EmbeddedModel, weights: Path = WEIGHTS_FOLDER) -> Pa
     shutil.rmtree(target, ignore_errors=True)
     if model.defaults:
         loaded.register_to_config(**model.defaults)
+    if model.component == "vlm":
+        loaded, processor = loaded
+        processor.save_pretrained(target)
+        write_scenes(target / "examples", count=12)
     loaded.to(dtype=torch.float16).save_pretrained(target)
     _forget_paths(target)
     scores = ", ".join(f"{k} {v:.4g}" for k, v in last["evaluation"].items())
@@ -176,6 +197,7 @@ def embed(run: Path, model: EmbeddedModel, weights: Path = WEIGHTS_FOLDER) -> Pa
         steps=last["step"],
         batch_size=config["batch_size"],
         evaluation=scores,
+        limits=model.limits,
     )
     write_atomically(target / "README.md", card.encode())
     return target
