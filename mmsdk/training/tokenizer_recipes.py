@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmsdk.data.emoji import EmojiDataset
 from mmsdk.images import image_grid, tensor_to_pil
+from mmsdk.training.alignment import FeatureAlignment
 from mmsdk.training.loop import Recipe, TrainingConfig
 from tokenizers_img.flextok import EncoderBlock, FlexTok, draw_num_tokens, draw_sigmas
 from tokenizers_img.one_d_piece import OneDPiece
@@ -348,22 +349,44 @@ def initialise_flextok(model: FlexTok) -> None:
     nn.init.normal_(encoder.enc_to_latents["proj"].weight, std=1.25 * registers.shape[1] ** -0.5)
 
 
+class AlignedFlexTok(nn.Module):
+    """A FlexTok in training, with what aligns its decoder to a pretrained vision model (None: nothing)."""
+
+    def __init__(self, model: FlexTok, alignment: FeatureAlignment | None) -> None:
+        super().__init__()
+        self.model = model
+        self.alignment = alignment
+
+
 class FlexTokRecipe(Recipe):
     """The 32-token FlexTok of `emoji-64`, over the latents of the embedded KL VAE.
 
     Args:
         config: shared hyper-parameters.
         vae_source: folder or embedded name of the trained VAE.
+        align_with: timm ViT whose features the decoder's patches should resemble (REPA), a name or a model; its
+            weights are fetched. None for no alignment, as the embedded model was trained.
+        align_weight: weight of that loss.
 
     Attributes:
         condition_dropout: share of images that are denoised without their tokens, for guidance.
+        align_block: index of the decoder block whose patches are aligned, as published.
     """
 
     name = "flextok"
     condition_dropout = 0.1
+    align_block = 1
 
-    def __init__(self, config: TrainingConfig | None = None, vae_source: str | Path = "emoji-64") -> None:
+    def __init__(
+        self,
+        config: TrainingConfig | None = None,
+        vae_source: str | Path = "emoji-64",
+        align_with: str | nn.Module | None = None,
+        align_weight: float = 0.5,
+    ) -> None:
         self.vae_source = vae_source
+        self.align_with = align_with
+        self.align_weight = align_weight
         self.config = config or TrainingConfig(
             steps=20000,
             batch_size=32,
@@ -394,16 +417,18 @@ class FlexTokRecipe(Recipe):
         model.vae.load_state_dict(vae.state_dict())
         model.vae.requires_grad_(False)
         images = torch.from_numpy(EmojiDataset("train").images)
+        self.images = torch.cat([images, images.flip(2)])
         self.held_out = torch.from_numpy(EmojiDataset("test").images)[:96]
         with torch.no_grad():
-            self.latents = torch.cat(
-                [model.encode_latents(to_float(rows)) for rows in torch.cat([images, images.flip(2)]).split(64)]
-            )
-        return model
+            self.latents = torch.cat([model.encode_latents(to_float(rows)) for rows in self.images.split(64)])
+        alignment = None
+        if self.align_with is not None:
+            alignment = FeatureAlignment(self.align_with, model.config.decoder_shape[0])
+        return AlignedFlexTok(model, alignment)
 
     def muon_parameters(self, module: Any) -> list[nn.Parameter]:
         """Return the matrices of attention and feed-forward layers."""
-        networks = (module.register_encoder.enc_transformer, module.flow_decoder.dec_transformer)
+        networks = (module.model.register_encoder.enc_transformer, module.model.flow_decoder.dec_transformer)
         return [
             p
             for network in networks
@@ -417,7 +442,8 @@ class FlexTokRecipe(Recipe):
         rows = [rng.randrange(len(self.latents)) for _ in range(size)]
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         latents = self.latents[rows]
-        return {
+        shown = {} if self.align_with is None else {"images": self.images[rows]}
+        return shown | {
             "latents": latents,
             "num_tokens": torch.tensor(draw_num_tokens(size, 32, rng)),
             "sigmas": draw_sigmas(size, generator),
@@ -426,16 +452,22 @@ class FlexTokRecipe(Recipe):
         }
 
     def loss(self, module: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Squared error of the velocity."""
-        return module(**batch).loss, {}
+        """Squared error of the velocity, and the alignment's loss where there is one."""
+        images = batch.pop("images", None)
+        if images is None:
+            return module.model(**batch).loss, {}
+        output = module.model(**batch, hidden_block=self.align_block)
+        alignment = module.alignment(output.hidden_states, to_float(images))
+        return output.loss + self.align_weight * alignment, {"cosine": -alignment.detach()}
 
     def evaluate(self, module: Any, folder: Path) -> dict[str, float]:
         """PSNR of prefixes on held-out emoji, and a sheet of what they are decoded to."""
         images = to_float(self.held_out)
-        tokens = module.encode(images)
+        model = module.model
+        tokens = model.encode(images)
         scores, rows = {}, [images[:12]]
         for count in (1, 2, 4, 8, 16, 32):
-            decoded = module.decode(tokens.truncate(count), num_inference_steps=10, guidance_scale=2.0).images
+            decoded = model.decode(tokens.truncate(count), num_inference_steps=10, guidance_scale=2.0).images
             scores[f"psnr_{count}"] = float(psnr(decoded, images).mean())
             rows.append(decoded[:12])
         image_grid(tensor_to_pil(F.interpolate(torch.cat(rows), scale_factor=2)), columns=12).save(
@@ -445,4 +477,4 @@ class FlexTokRecipe(Recipe):
 
     def save(self, module: Any, folder: Path) -> None:
         """Write a `from_pretrained` folder."""
-        module.save_pretrained(folder)
+        module.model.save_pretrained(folder)
