@@ -95,7 +95,8 @@ def load_vlm(name: str | PathLike[str] = "emoji-vqa", **kwargs: Any) -> tuple[An
 
     Args:
         name: embedded name, local folder or hub id.
-        **kwargs: of `AutoModelForImageTextToText.from_pretrained`, for example `dtype`.
+        **kwargs: of `AutoModelForImageTextToText.from_pretrained`, for example `dtype`; by default embedded models come
+            in float32, all others in the dtype that they were saved in.
 
     Returns:
         The model in evaluation mode, and its processor.
@@ -106,6 +107,8 @@ def load_vlm(name: str | PathLike[str] = "emoji-vqa", **kwargs: Any) -> tuple[An
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     source = resolve_pretrained("vlm", name)
+    if str(name) in embedded_models():
+        kwargs.setdefault("dtype", torch.float32)
     model = AutoModelForImageTextToText.from_pretrained(source, **kwargs)
     return model.eval(), AutoProcessor.from_pretrained(source)
 
