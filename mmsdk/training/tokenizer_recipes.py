@@ -361,6 +361,10 @@ class AlignedFlexTok(nn.Module):
 class FlexTokRecipe(Recipe):
     """The 32-token FlexTok of `emoji-64`, over the latents of the embedded KL VAE.
 
+    It learns in two stages. First the decoder predicts the latents from the tokens alone, without noise, which teaches
+    the encoder in a few thousand steps what to say; the flow loss takes many times as long, for noised latents
+    tell the decoder much of what tokens could. Then the encoder is frozen, and the decoder learns the flow.
+
     Args:
         config: shared hyper-parameters.
         vae_source: folder or embedded name of the trained VAE.
@@ -369,11 +373,13 @@ class FlexTokRecipe(Recipe):
         align_weight: weight of that loss.
 
     Attributes:
+        token_fraction: share of the steps for the first stage.
         condition_dropout: share of images that are denoised without their tokens, for guidance.
         align_block: index of the decoder block whose patches are aligned, as published.
     """
 
     name = "flextok"
+    token_fraction = 0.45
     condition_dropout = 0.1
     align_block = 1
 
@@ -388,18 +394,21 @@ class FlexTokRecipe(Recipe):
         self.align_with = align_with
         self.align_weight = align_weight
         self.config = config or TrainingConfig(
-            steps=20000,
+            steps=5800,
             batch_size=32,
             learning_rate=1e-3,
             muon_learning_rate=2e-3,
             weight_decay=1e-3,
             warmup_steps=200,
-            decay_fraction=0.3,
+            decay_fraction=0.35,
             ema_decay=0.999,
             mixed_precision="bf16",
-            checkpoint_every=500,
-            evaluate_every=2000,
+            checkpoint_every=200,
+            evaluate_every=5800,
         )
+
+    def _learns_tokens(self, step: int) -> bool:
+        return step < self.token_fraction * self.config.steps
 
     def setup(self) -> nn.Module:
         """Compute the latents of all images and their mirror images, and build the model around the trained VAE."""
@@ -442,17 +451,21 @@ class FlexTokRecipe(Recipe):
         rows = [rng.randrange(len(self.latents)) for _ in range(size)]
         generator = torch.Generator().manual_seed(rng.getrandbits(63))
         latents = self.latents[rows]
-        shown = {} if self.align_with is None else {"images": self.images[rows]}
-        return shown | {
+        batch = {
             "latents": latents,
             "num_tokens": torch.tensor(draw_num_tokens(size, 32, rng)),
             "sigmas": draw_sigmas(size, generator),
             "noise": torch.randn(latents.shape, generator=generator),
             "drop_condition": torch.rand(size, generator=generator) < self.condition_dropout,
         }
+        if self._learns_tokens(step):
+            batch |= {"sigmas": torch.ones(size), "noise": torch.zeros_like(latents)}
+            batch |= {"drop_condition": torch.zeros(size, dtype=torch.bool)}
+        return batch if self.align_with is None else batch | {"images": self.images[rows]}
 
     def loss(self, module: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared error of the velocity, and the alignment's loss where there is one."""
+        module.model.register_encoder.requires_grad_(self._learns_tokens(step))
         images = batch.pop("images", None)
         if images is None:
             return module.model(**batch).loss, {}
