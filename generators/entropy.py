@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 
@@ -33,6 +35,7 @@ class LlamaGenEntropyModel:
         self.temperature = temperature
         self.codebook_size: int = model.config.codebook_size
         self.max_tokens: int = model.config.max_tokens
+        self.fingerprint = _fingerprint(model, temperature)
 
     def start(self, batch_size: int, num_tokens: int) -> Callable[[Tensor | None], Tensor]:
         """Begin `batch_size` images; see `mmsdk.entropy.EntropyModel`."""
@@ -57,3 +60,13 @@ class LlamaGenEntropyModel:
                 return (logits.float() / self.temperature).softmax(-1)
 
         return predict
+
+
+def _fingerprint(model: LlamaGen, temperature: float) -> str:
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    settings = [config, float(temperature), _CAPTION_LENGTH]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=list).encode())
+    for key, value in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,14 +21,16 @@ class EntropyModel(Protocol):
     """What predicts token ids, image after image, from the ids before them.
 
     Both sides ask for the same probabilities in the same order and must get them bit for bit. So everything that the
-    probabilities depend on has to be settled when the model is created, and reader and writer run on the same machine
-    with the same number of threads: other kernels round differently.
+    probabilities depend on has to be settled when the model is created, and reader and writer run on the same machine:
+    other kernels round differently. They run on one thread, because so do other numbers of threads.
 
     Attributes:
+        fingerprint: 8 lower-case hexadecimal characters that identify what the probabilities depend on.
         codebook_size: number of ids.
         max_tokens: most tokens of an image that it predicts.
     """
 
+    fingerprint: str
     codebook_size: int
     max_tokens: int
 
@@ -47,7 +51,8 @@ def code_ids(token_ids: np.ndarray, lengths: np.ndarray, model: EntropyModel) ->
         coder.write(ids, probabilities)
         return ids
 
-    _walk(lengths, token_ids.shape[1], model, visit)
+    with _one_thread():
+        _walk(lengths, token_ids.shape[1], model, visit)
     return coder.data()
 
 
@@ -66,14 +71,34 @@ def decode_ids(data: bytes, lengths: np.ndarray, num_tokens: int, model: Entropy
         return ids
 
     try:
-        _walk(lengths, num_tokens, model, visit)
+        with _one_thread():
+            _walk(lengths, num_tokens, model, visit)
     except AssertionError:  # what constriction raises for bits that no message leads to
         return None
     return token_ids if coder.data() == data else None
 
 
+def cross_entropy(token_ids: np.ndarray, lengths: np.ndarray, model: EntropyModel) -> float:
+    """Return the bits per token that a perfect coder would spend on ids `(batch, num_tokens)`."""
+    bits: list[np.ndarray] = []
+
+    def visit(rows: np.ndarray, position: int, probabilities: np.ndarray) -> np.ndarray:
+        ids = token_ids[rows, position]
+        bits.append(-np.log2(probabilities[np.arange(len(ids)), ids].astype(np.float64)))
+        return ids
+
+    with _one_thread():
+        _walk(lengths, token_ids.shape[1], model, visit)
+    return float(np.concatenate(bits).mean())
+
+
 def check_entropy_model(model: EntropyModel, codebook_size: tuple[int, ...] | None, num_tokens: int) -> None:
     """Raise `ValueError` unless `model` can code such tokens, `ImportError` unless the range coder is installed."""
+    if not re.fullmatch(r"[0-9a-f]{8}", model.fingerprint):
+        raise ValueError(
+            f"The fingerprint of an entropy model is 8 lower-case hexadecimal characters, received "
+            f"{model.fingerprint!r}."
+        )
     if codebook_size is None or len(codebook_size) != 1:
         raise ValueError("Entropy coding is for tokens of one id each; these are latents or have several channels.")
     if codebook_size[0] != model.codebook_size or num_tokens > model.max_tokens:
@@ -104,6 +129,16 @@ def _walk(
             seen = np.zeros(len(part), dtype=np.int64)
             seen[rows] = visit(first + rows, position, np.ascontiguousarray(probabilities[rows]))
             ids = torch.from_numpy(seen)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _family() -> Any:

@@ -18,9 +18,9 @@ A stream holds one batch. Integers are unsigned LEB128 varints in their shortest
     placements       original height, width of each image                    only with PLACED, see `placement_box`
     payload          image after image, only the tokens within its length: ids as ceil(log2(codebook size)) bits per
                      channel, most significant bit first, then zero bits up to a whole byte; latents as float32,
-                     little endian; with CODED the CRC32 of that (4 bytes, little endian), then the same ids as
+                     little endian; with CODED the fingerprint of the entropy model (4 bytes), then the same ids as
                      `mmsdk.entropy` codes them, where this takes fewer bytes
-    CRC32            4 bytes, little endian, over all that precedes
+    CRC32            4 bytes, little endian, over all that precedes, then with CODED over the ids packed tightly
 
 Every batch has exactly one stream: what a writer would not have written is refused.
 """
@@ -59,6 +59,8 @@ MAX_PIXELS = 64_000_000
 _MAGIC = b"\x89T"
 _VERSION = 1
 _CRC_SIZE = 4
+# Offset of the low byte of the flags.
+_FLAGS = 3
 _TOKENIZER_NAMES = {number: name for name, number in TOKENIZER_IDS.items()}
 
 _LATENTS, _CHANNELS, _PER_CHANNEL, _ORDERED, _GRID, _RAGGED = (1 << bit for bit in range(6))
@@ -436,7 +438,7 @@ class ImageTokens:
         for number in numbers:
             stream += _varint(number)
         stream += payload if coded is None else coded
-        stream += struct.pack("<I", zlib.crc32(stream))
+        stream += struct.pack("<I", zlib.crc32(stream if coded is None else stream + payload))
         if self._values.numel() > _max_values(len(stream)):
             raise ValueError(
                 f"A batch of shape {tuple(self._values.shape)} with {len(values)} tokens in all is too ragged for one "
@@ -475,12 +477,14 @@ class ImageTokens:
                 f"instead of {_MAGIC.hex(' ')}."
             )
         body, stored = stream[:-_CRC_SIZE], stream[-_CRC_SIZE:]
-        if len(stored) < _CRC_SIZE or struct.pack("<I", zlib.crc32(body)) != stored:
+        # The CRC32 of a coded stream needs its ids, so it is checked once they are decoded.
+        coded = len(body) > _FLAGS and bool(body[_FLAGS] & _CODED)
+        if len(stored) < _CRC_SIZE or not coded and struct.pack("<I", zlib.crc32(body)) != stored:
             raise TokenStreamError(
                 f"The token stream is damaged or truncated: the CRC32 of its {len(stream)} bytes does not match."
             )
         try:
-            return cls._parse(body, expected_fingerprint, entropy_model).to(device)
+            return cls._parse(body, stored, expected_fingerprint, entropy_model).to(device)
         except TokenStreamError:
             raise
         except ValueError as error:
@@ -532,15 +536,17 @@ class ImageTokens:
         return ImageTokens(latents=values, lengths=lengths, placements=placements, spec=self.spec)
 
     def _coded_payload(self, payload: bytes, entropy_model: EntropyModel) -> bytes | None:
-        """Code the ids, with the checksum of their tight `payload`; None where that is not smaller."""
+        """Code the ids, behind the model's fingerprint; None where that is not smaller than their tight `payload`."""
         check_entropy_model(entropy_model, self.spec.codebook_size, self.num_tokens)
         ids = self._values.cpu().numpy().reshape(self.batch_size, self.num_tokens)
-        coded = struct.pack("<I", zlib.crc32(payload)) + code_ids(ids, self.lengths.cpu().numpy(), entropy_model)
+        coded = bytes.fromhex(entropy_model.fingerprint) + code_ids(ids, self.lengths.cpu().numpy(), entropy_model)
         fits = int(self.lengths.sum()) <= MAX_TOKENS_PER_BYTE * len(coded)
         return coded if len(coded) < len(payload) and fits else None
 
     @classmethod
-    def _parse(cls, body: bytes, expected_fingerprint: str | None, entropy_model: EntropyModel | None) -> ImageTokens:
+    def _parse(
+        cls, body: bytes, stored_crc: bytes, expected_fingerprint: str | None, entropy_model: EntropyModel | None
+    ) -> ImageTokens:
         reader = _Reader(body, len(_MAGIC))
         version, flags, tokenizer_id = struct.unpack("<BHB", reader.take(4, "header"))
         if version != _VERSION:
@@ -618,7 +624,10 @@ class ImageTokens:
             )
         if not flags & _RAGGED:
             lengths = np.full(batch, num_tokens, dtype=np.int64)
-        payload = _decoded(reader, lengths, num_tokens, spec, entropy_model) if coded else reader.take(size, "payload")
+        if coded:
+            payload = _decoded(reader, stored_crc, lengths, num_tokens, spec, entropy_model)
+        else:
+            payload = reader.take(size, "payload")
 
         mask = np.arange(num_tokens) < lengths[:, None]
         values: np.ndarray
@@ -707,22 +716,34 @@ class _Reader:
 
 
 def _decoded(
-    reader: _Reader, lengths: np.ndarray, num_tokens: int, spec: TokenSpec, entropy_model: EntropyModel | None
+    reader: _Reader,
+    stored_crc: bytes,
+    lengths: np.ndarray,
+    num_tokens: int,
+    spec: TokenSpec,
+    entropy_model: EntropyModel | None,
 ) -> bytes:
-    """Decode a coded payload and return it packed tightly, as its checksum expects it."""
+    """Decode a coded payload and return it packed tightly, as the checksum expects it."""
+    fingerprint = reader.take(4, "fingerprint of the entropy model").hex()
     if entropy_model is None:
-        raise TokenStreamError("The token stream is entropy coded: pass the `entropy_model` that it was written with.")
+        raise TokenStreamError(
+            f"The token stream is entropy coded: pass the `entropy_model` with the fingerprint {fingerprint}."
+        )
+    if entropy_model.fingerprint != fingerprint:
+        raise TokenStreamError(
+            f"The token stream was coded with the entropy model {fingerprint}; received another one, "
+            f"{entropy_model.fingerprint}."
+        )
     check_entropy_model(entropy_model, spec.codebook_size, num_tokens)
-    checksum = reader.take(4, "checksum of the ids")
     ids = decode_ids(reader.take(reader.left, "coded ids"), lengths, num_tokens, entropy_model)
     if ids is not None:
         mask = np.arange(num_tokens) < lengths[:, None]
         payload = _pack_bits(ids[mask][:, None], [(entropy_model.codebook_size - 1).bit_length()])
-        if struct.pack("<I", zlib.crc32(payload)) == checksum:
+        if struct.pack("<I", zlib.crc32(reader.data + payload)) == stored_crc:
             return payload
     raise TokenStreamError(
-        "The ids of the token stream do not match their checksum: it was coded with another entropy model, or on a "
-        "machine (or with a number of threads) that rounds differently."
+        "The ids of the token stream do not match its CRC32: it is damaged, or was coded on a machine that rounds "
+        "differently."
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from generators.entropy import LlamaGenEntropyModel
 from generators.llamagen import LlamaGen
-from mmsdk.entropy import BATCH_SIZE, code_ids, decode_ids
+from mmsdk.entropy import BATCH_SIZE, code_ids, cross_entropy, decode_ids
 from mmsdk.errors import TokenStreamError
 from mmsdk.tokens import ImageTokens, TokenSpec
 from tests.tiny import tiny_pipeline
@@ -26,6 +26,7 @@ class Sticky:
 
     def __init__(self, certainty: float = 0.9) -> None:
         self.certainty = certainty
+        self.fingerprint = f"{round(certainty * 2**20):08x}"
 
     def start(self, batch_size: int, num_tokens: int) -> Callable[[Tensor | None], Tensor]:
         def predict(token_ids: Tensor | None) -> Tensor:
@@ -74,41 +75,90 @@ def test_every_batch_size(batch: int) -> None:
     assert np.array_equal(decode_ids(data, lengths, 8, Sticky()), ids)
 
 
-def test_another_model_is_refused() -> None:
+def test_another_model_is_refused_before_it_is_asked() -> None:
+    class Silent(Sticky):
+        def start(self, batch_size: int, num_tokens: int) -> Callable[[Tensor | None], Tensor]:
+            raise AssertionError("decoded although it is another model")
+
     data = repeated(50).to_bytes(Sticky())
-    with pytest.raises(TokenStreamError, match="entropy coded: pass the `entropy_model`"):
+    with pytest.raises(TokenStreamError, match="pass the `entropy_model` with the fingerprint 000e6666"):
         ImageTokens.from_bytes(data)
-    with pytest.raises(TokenStreamError, match="another entropy model"):
-        ImageTokens.from_bytes(data, entropy_model=Sticky(0.8))
+    with pytest.raises(TokenStreamError, match="with the entropy model 000e6666; received another one, 000ccccd"):
+        ImageTokens.from_bytes(data, entropy_model=Silent(0.8))
 
 
-def test_damage_never_gives_other_ids() -> None:
-    import struct
-    import zlib
+def test_a_model_that_computes_otherwise_is_noticed() -> None:
+    data = repeated(50).to_bytes(Sticky())
+    elsewhere = Sticky(0.8)
+    elsewhere.fingerprint = Sticky().fingerprint
+    with pytest.raises(TokenStreamError, match="coded on a machine that rounds differently"):
+        ImageTokens.from_bytes(data, entropy_model=elsewhere)
 
-    tokens = repeated(30)
-    data = tokens.to_bytes(Sticky())
-    for position in range(len(data) - 4):
-        for flip in (1, 0x80):
-            damaged = bytearray(data[:-4])
-            damaged[position] ^= flip
-            # As if the damage had happened before the stream was sealed.
-            damaged += struct.pack("<I", zlib.crc32(damaged))
-            try:
-                read = ImageTokens.from_bytes(bytes(damaged), entropy_model=Sticky())
-            except (TokenStreamError, ValueError):
-                continue
-            assert torch.equal(read.token_ids, tokens.token_ids), position
+
+def test_a_malformed_fingerprint_is_refused() -> None:
+    model = Sticky()
+    model.fingerprint = "sticky"
+    with pytest.raises(ValueError, match="8 lower-case hexadecimal characters, received 'sticky'"):
+        repeated(3).to_bytes(model)
+
+
+def test_damage_is_refused() -> None:
+    tokens = repeated(12)
+    data, model = tokens.to_bytes(Sticky()), Sticky()
+    assert data[3] & 0x40
+    for length in range(len(data)):
+        with pytest.raises(TokenStreamError):
+            ImageTokens.from_bytes(data[:length], entropy_model=model)
+    for position in range(len(data) * 8):
+        damaged = bytearray(data)
+        damaged[position // 8] ^= 1 << position % 8
+        with pytest.raises(TokenStreamError):
+            ImageTokens.from_bytes(bytes(damaged), entropy_model=model)
+    with pytest.raises(TokenStreamError):
+        ImageTokens.from_bytes(data + b"\0", entropy_model=model)
+
+
+def test_models_run_on_one_thread() -> None:
+    seen = []
+
+    class Watching(Sticky):
+        def start(self, batch_size: int, num_tokens: int) -> Callable[[Tensor | None], Tensor]:
+            seen.append(torch.get_num_threads())
+            return super().start(batch_size, num_tokens)
+
+    tokens, before = repeated(20), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert ImageTokens.from_bytes(tokens.to_bytes(Watching()), entropy_model=Watching()).equal(tokens)
+        assert seen == [1, 1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_cross_entropy_by_hand() -> None:
+    ids = np.array([[3, 3, 3], [3, 4, 0]])
+    expected = (2 * 4 - 2 * np.log2(0.9) - np.log2(0.1 / 15)) / 5
+    assert cross_entropy(ids, np.array([3, 2]), Sticky()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_fingerprint_follows_weights_and_temperature() -> None:
+    model = tiny_pipeline().transformer
+    first = LlamaGenEntropyModel(model).fingerprint
+    assert LlamaGenEntropyModel(model).fingerprint == first
+    assert LlamaGenEntropyModel(model, temperature=1.5).fingerprint != first
+    with torch.no_grad():
+        model.norm.weight[0] += 1
+    assert LlamaGenEntropyModel(model).fingerprint != first
 
 
 def test_streams_without_end_are_refused() -> None:
     # A model that is certain needs no bits at all, so a short stream could ask for any number of tokens.
-    spec = TokenSpec("one_d_piece", "0123456789abcdef", (16,), True, None, (64, 64), 2**16)
+    spec = TokenSpec("one_d_piece", "0123456789abcdef", (16,), True, None, (64, 64), 2**12)
 
     class Certain(Sticky):
-        max_tokens = 2**16
+        max_tokens = 2**12
 
-    tokens = ImageTokens(torch.zeros(1, 2**16, dtype=torch.int64), spec=spec)
+    tokens = ImageTokens(torch.zeros(1, 2**12, dtype=torch.int64), spec=spec)
     assert tokens.to_bytes(Certain(1 - 1e-6)) == tokens.to_bytes()
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mmsdk.bench.flextok import PlainFlexTok
 from mmsdk.errors import UnknownNameError
 from mmsdk.tokens import ImageTokens
 from tests.tiny import tiny_flextok, tiny_vae
@@ -23,7 +24,6 @@ from tokenizers_img.flextok import (
     draw_sigmas,
     mode_sigmas,
     projected_guidance,
-    register_mask,
 )
 from tokenizers_img.vae import vae_config
 
@@ -43,35 +43,6 @@ def noise_for(count: int, seed: int = 2) -> Tensor:
     return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-# The published design without any shortcut: all registers, each with its own place in every attention.
-
-
-def plain_features(model: FlexTok, latents: Tensor) -> Tensor:
-    """What is quantized, from all patches and all registers in every block."""
-    encoder = model.register_encoder
-    patches = encoder.enc_patch_emb(latents) + encoder.enc_posemb_module["posembs"].flatten(2).mT
-    x = torch.cat([patches, encoder.enc_register_module["registers"].expand(len(latents), -1, -1)], 1)
-    mask = register_mask(patches.shape[1], N)
-    for block in encoder.enc_transformer["blocks"]:
-        x = block(x, mask)
-    x = x[:, patches.shape[1] :]
-    return encoder.enc_to_latents["proj"](torch.nn.functional.layer_norm(x, x.shape[-1:]))
-
-
-def plain_registers(model: FlexTok, codes: Tensor, lengths: Tensor, drop: Tensor) -> Tensor:
-    """All registers, those without a token included."""
-    network = model.flow_decoder
-    registers = network.dec_from_latents["proj"](codes) + network.dec_registers_posemb_module["posembs"][0].mT
-    tail = torch.arange(N) >= lengths[:, None]
-    registers = torch.where(tail[..., None], network.dec_nested_dropout["dropout_mask_token"], registers)
-    return torch.where(drop[:, None, None], network.dec_latent_dropout["nullcond"], registers)
-
-
-def plain_velocity(model: FlexTok, x: Tensor, time: Tensor, codes: Tensor, lengths: Tensor, drop: Tensor) -> Tensor:
-    network = model.flow_decoder
-    return network(x, plain_registers(model, codes, lengths, drop), None, network.modulations(time))[0]
-
-
 # ---------------------------------------------------------------- the same results as without shortcuts
 
 
@@ -79,7 +50,7 @@ def plain_velocity(model: FlexTok, x: Tensor, time: Tensor, codes: Tensor, lengt
 def test_prefix_encoding_gives_the_same_ids() -> None:
     model, images = tiny_flextok(), pictures(16)
     latents = model.encode_latents(images)
-    plain = plain_features(model, latents)
+    plain = PlainFlexTok(model).features(latents)
     expected = model.quantize.quantize(plain)
     assert len(expected.unique()) > 20
     torch.testing.assert_close(model.encode_features(latents), plain, atol=1e-5, rtol=0)
@@ -98,16 +69,15 @@ def test_the_merged_tail_gives_the_same_velocity(lengths: list[int], drop: list[
     codes = model.quantize.dequantize(torch.randint(0, 40, (2, N), generator=torch.Generator().manual_seed(1)))
     dropped = torch.tensor(drop or [False, False])
     time = torch.tensor([0.9, 0.3])
-    plain = plain_velocity(model, x, time, codes, tokens.lengths, dropped)
+    plain = PlainFlexTok(model)
+    expected = plain.velocity(x, time, codes, tokens.lengths, dropped)
     registers, bias = network.registers(codes, tokens.lengths, None if drop is None else dropped)
     kept = [0 if d else k for k, d in zip(lengths, dropped.tolist(), strict=True)]
     assert registers.shape[1] == min(max(kept) + 1, N)
     fast = network(x, registers, bias, network.modulations(time))[0]
-    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=0)
-    assert not torch.allclose(plain[0], plain_velocity(model, x, time, -codes, tokens.lengths, dropped)[0]) or drop == [
-        True,
-        True,
-    ]
+    torch.testing.assert_close(fast, expected, atol=1e-5, rtol=0)
+    other = plain.velocity(x, time, -codes, tokens.lengths, dropped)
+    assert drop == [True, True] or not torch.allclose(expected[0], other[0])
 
 
 def test_one_register_stands_for_many() -> None:
@@ -128,14 +98,12 @@ def test_one_register_stands_for_many() -> None:
 def test_sampling_equals_the_plain_loop(guidance: str) -> None:
     model = tiny_flextok()
     tokens = random_tokens(model, [2, 8, 5])
-    codes, x = model.quantize.dequantize(tokens.token_ids), noise_for(3)
+    codes, x, plain = model.quantize.dequantize(tokens.token_ids), noise_for(3), PlainFlexTok(model)
     fast = model.sample_latents(codes, tokens.lengths, x, 4, lambda t: 1 + 2 * t, guidance)
     running: Any = 0.0
     for step in (4, 3, 2, 1):
         t = torch.full((3,), step / 4)
-        cond, uncond = (
-            plain_velocity(model, x, t, codes, tokens.lengths, torch.full((3,), drop)) for drop in (False, True)
-        )
+        cond, uncond = (plain.velocity(x, t, codes, tokens.lengths, torch.full((3,), drop)) for drop in (False, True))
         if guidance == "apg":
             velocity, running = projected_guidance(cond, uncond, 1 + 2 * step / 4, running)
         else:
@@ -357,8 +325,8 @@ def test_the_loss_is_that_of_the_plain_computation() -> None:
     output = model(**batch, drop_condition=drop, hidden_block=0)
     level = batch["sigmas"].view(-1, 1, 1, 1)
     noised = level * batch["noise"] + (1 - level) * batch["latents"]
-    codes = model.quantize(plain_features(model, batch["latents"])).latents
-    plain = plain_velocity(model, noised, batch["sigmas"], codes, batch["num_tokens"], drop)
+    codes = model.quantize(PlainFlexTok(model).features(batch["latents"])).latents
+    plain = PlainFlexTok(model).velocity(noised, batch["sigmas"], codes, batch["num_tokens"], drop)
     torch.testing.assert_close(output.velocity, plain, atol=1e-5, rtol=0)
     expected = (plain - (batch["noise"] - batch["latents"])).square().mean()
     torch.testing.assert_close(output.loss, expected)

@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, str] = {
     "rate-distortion": "mmsdk.bench.rate_distortion:rate_distortion",
     "t2i": "mmsdk.bench.text_to_image:text_to_image",
     "llamagen": "mmsdk.bench.llamagen:llamagen",
+    "flextok": "mmsdk.bench.flextok:flextok",
     "tokens": "mmsdk.bench.tokens:tokens",
     "entropy": "mmsdk.bench.entropy:entropy",
     "prune-accuracy": "mmsdk.bench.prune_accuracy:prune_accuracy",
