@@ -22,6 +22,7 @@ from mmsdk.errors import unknown_name
 BENCHMARKS: dict[str, str] = {
     "reconstruction": "mmsdk.bench.reconstruction:reconstruction",
     "rate-distortion": "mmsdk.bench.rate_distortion:rate_distortion",
+    "perturbation": "mmsdk.bench.perturbation:perturbation",
     "t2i": "mmsdk.bench.text_to_image:text_to_image",
     "llamagen": "mmsdk.bench.llamagen:llamagen",
     "flextok": "mmsdk.bench.flextok:flextok",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from mmsdk.training.alignment import FeatureAlignment
 from mmsdk.training.loop import Recipe, TrainingConfig
 from tokenizers_img.flextok import EncoderBlock, FlexTok, draw_num_tokens, draw_sigmas
 from tokenizers_img.one_d_piece import OneDPiece
+from tokenizers_img.perturbation import LatentPerturbation
 from tokenizers_img.quantizers import VectorQuantizer
 from tokenizers_img.titok import Block
 from tokenizers_img.vae import KLVAE, vae_config
@@ -119,9 +121,19 @@ class PixelRecipe(Recipe):
 
 
 class VQRecipe(PixelRecipe):
-    """The 8 x 8 grid tokenizer of `emoji-64`."""
+    """The 8 x 8 grid tokenizer of `emoji-64`.
+
+    Args:
+        config: shared hyper-parameters.
+        perturbation: fields of a `LatentPerturbation` that falls to nothing in the course of the training, `{}` for its
+            defaults; None for none, as the embedded model was trained.
+    """
 
     name = "vq"
+
+    def __init__(self, config: TrainingConfig | None = None, perturbation: Mapping[str, Any] | None = None) -> None:
+        super().__init__(config)
+        self.perturbation = None if perturbation is None else LatentPerturbation(**perturbation)
 
     def build(self) -> nn.Module:
         """Return the model, and watch its codes."""
@@ -141,7 +153,14 @@ class VQRecipe(PixelRecipe):
     def loss(self, module: Any, batch: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared plus absolute error, and the quantizer's losses."""
         images = to_float(batch)
-        decoded, quantized = module(images)
+        latents = module.encode_latents(images)
+        quantized = module.quantize(latents)
+        shown = quantized.latents
+        if self.perturbation is not None:
+            generator = torch.Generator().manual_seed(1_000_003 * self.config.seed + step)
+            current = self.perturbation.annealed(step / self.config.steps)
+            shown = current.apply(module.quantize, latents, quantized, generator)
+        decoded = module.decode_latents(shown)
         self.latents = quantized.latents
         self.reviver.observe(quantized.token_ids)
         mse = F.mse_loss(decoded.float(), images)
