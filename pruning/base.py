@@ -412,7 +412,7 @@ class Pruner(ABC):
 
         if outputs:
             counts = [tuple(x.sum(1).tolist()) for x in (new_mask, filled)]
-            flops = [_prefill_flops(model, tokens, cached) for tokens in counts]
+            flops = [prefill_flops(model, tokens, cached) for tokens in counts]
             self.report = PruningReport(tuple(kept), tuple(sizes), counts[0], counts[1], flops[0], flops[1])
         return PreparedInputs(prepared, _History(every, total, shift))
 
@@ -595,7 +595,8 @@ def _checked(indices: Tensor, total: int, pruner: Pruner) -> Tensor:
     return indices
 
 
-def _prefill_flops(model: PreTrainedModel, tokens: tuple[int, ...], cached: int) -> float:
+def prefill_flops(model: PreTrainedModel, tokens: tuple[int, ...], cached: int = 0) -> float:
+    """Estimate the operations of a prefill of prompts of `tokens` behind `cached` others, as `PruningReport` does."""
     decoder, config = model.get_decoder(), model.config.get_text_config()
     weights = sum(p.numel() for p in decoder.parameters() if p.ndim > 1)
     weights -= decoder.get_input_embeddings().weight.numel()
