@@ -6,6 +6,7 @@ line on stderr and exit code 2, Ctrl-C with 130; a fault of the program with its
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -317,6 +318,111 @@ def detokenize(
 
 
 # ---------------------------------------------------------------- looking inside
+
+
+@app.command()
+def prune(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Picture of any common format and size.")],
+    question: Annotated[str, typer.Option("--question", "-q", help="What to ask about it.")],
+    method: Annotated[str, typer.Option(help="How to choose visual tokens; --plan compares all.")] = "divprune",
+    keep_ratio: Annotated[float | None, typer.Option(help="Share of the visual tokens to keep. Default: 0.25.")] = None,
+    num_tokens: Annotated[int | None, typer.Option(help="Keep so many visual tokens instead.")] = None,
+    show: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the kept patches over the picture, the others dimmed.")
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Do not answer, but say how many tokens each method may keep for a target.")
+    ] = False,
+    target_ms: Annotated[
+        float | None, typer.Option(metavar="MS", help="With --plan: milliseconds until the prompt is read.")
+    ] = None,
+    target_flops: Annotated[
+        float | None, typer.Option(metavar="N", help="With --plan: operations of the language model's prefill.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="NAME", help="Embedded model, local folder, or hub id of a VLM.")
+    ] = "emoji-vqa",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: 1 for small models.")] = None,
+) -> None:
+    """Ask a vision-language model about a picture, of which it sees a part of the tokens.
+
+    The embedded model knows grids of emoji (`mmsdk data --vqa` writes some) and four questions: what is at b3?, where
+    is the cat?, is there any cat?, how many cat? Any other model of transformers that takes pictures works as well.
+
+    \b
+    Examples:
+      mmsdk prune scene.png -q "what is at b3?" --keep-ratio 0.1 --show kept.png
+      mmsdk prune photo.jpg -q "What is this?" --method hired -m llava-hf/llava-v1.6-mistral-7b-hf
+      mmsdk prune scene.png -q "what is at b3?" --plan --target-flops 1e8
+    """  # noqa: D301
+    if plan != (target_ms is not None or target_flops is not None):
+        raise ValueError("--plan needs a target, --target-ms or --target-flops, and targets need --plan.")
+    if keep_ratio is not None and num_tokens is not None:
+        raise ValueError("Give --keep-ratio or --num-tokens, and not both.")
+    if show is not None:
+        _check_parent(show)
+    import torch
+
+    from mmsdk.images import open_image, save_image
+    from mmsdk.loading import PRUNERS, load_vlm, resolve
+
+    if method not in PRUNERS:
+        raise unknown_name("pruning method", method, list(PRUNERS))
+    if num_tokens is None and keep_ratio is None:
+        keep_ratio = 0.25
+    pruner = resolve(method)(keep_ratio=keep_ratio, num_tokens=num_tokens)
+    picture = open_image(image).convert("RGB")
+    _quiet_libraries()
+    vlm, processor = load_vlm(model)
+    _set_threads(threads, vlm)
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    else:
+        prompt = f"{getattr(processor, 'image_token', '<image>')} {question}"
+    inputs = dict(processor(images=picture, text=prompt, return_tensors="pt"))
+    if plan:
+        _print_plan(vlm, inputs, target_ms, target_flops)
+        return
+    with torch.inference_mode(), pruner(vlm):
+        output = vlm.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    report = pruner.report
+    said = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    typer.echo(said)
+    typer.echo(
+        f"{sum(report.tokens_after)} of {sum(report.tokens_before)} visual tokens, "
+        f"{report.flops_after / report.flops_before:.0%} of the prefill's operations",
+        err=True,
+    )
+    if show is not None:
+        save_image(resolve("draw_kept")(vlm, inputs, picture, report.kept[0]), show)
+        typer.echo(f"{show}: kept patches", err=True)
+
+
+def _print_plan(vlm: Any, inputs: dict[str, Any], target_ms: float | None, target_flops: float | None) -> None:
+    from mmsdk.loading import PRUNERS, resolve
+
+    # What is not made for this kind of model or image has nothing to propose.
+    methods = {}
+    for name in PRUNERS:
+        with contextlib.suppress(ValueError, TypeError):
+            resolve(name)(keep_ratio=0.5).prepare(vlm, inputs)
+            methods[name] = resolve(name)
+    seconds = None if target_ms is None else target_ms / 1e3
+    rows = [("method", "tokens", "keep_ratio", "ms", "MFLOP")]
+    for found in resolve("prune_plan")(vlm, inputs, methods, target_seconds=seconds, target_flops=target_flops):
+        if found.num_tokens is None or found.keep_ratio is None or found.flops is None:
+            rows.append((found.method, "-", "-", "-", "-"))
+            continue
+        time_needed = "-" if found.seconds is None else f"{1e3 * found.seconds:.1f}"
+        rows.append(
+            (found.method, f"{found.num_tokens}", f"{found.keep_ratio:.3f}", time_needed, f"{found.flops / 1e6:.0f}")
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        first, *numbers = (f"{c:>{w}}" for c, w in zip(row, widths, strict=True))
+        typer.echo("  ".join([f"{first.strip():<{widths[0]}}", *numbers]))
 
 
 @app.command()

@@ -35,6 +35,8 @@ REGISTRY: dict[str, str] = {
     "visionzip": "pruning.visionzip:VisionZip",
     "random": "pruning.random:RandomPruner",
     "uniform": "pruning.uniform:UniformPruner",
+    "draw_kept": "pruning.picture:draw_kept",
+    "prune_plan": "pruning.planner:plan",
     "diffrate": "pruning.diffrate:DiffRate",
     "prefixkv": "pruning.prefixkv:PrefixKV",
     "quecc": "pruning.quecc:QueCC",
