@@ -29,6 +29,9 @@ BENCHMARKS: dict[str, str] = {
     "tokens": "mmsdk.bench.tokens:tokens",
     "entropy": "mmsdk.bench.entropy:entropy",
     "prune-accuracy": "mmsdk.bench.prune_accuracy:prune_accuracy",
+    "prune-select": "mmsdk.bench.prune_select:prune_select",
+    "prune-vlm": "mmsdk.bench.prune_vlm:prune_vlm",
+    "diffrate": "mmsdk.bench.diffrate:diffrate",
 }
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
