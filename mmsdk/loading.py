@@ -27,6 +27,8 @@ REGISTRY: dict[str, str] = {
     "tokenbridge": "tokenizers_img.tokenbridge:TokenBridge",
     "vae": "tokenizers_img.vae:KLVAE",
     "llamagen": "generators.llamagen:LlamaGen",
+    "xar": "generators.xar:XAR",
+    "flowar": "generators.flowar:FlowAR",
     "llamagen_entropy": "generators.entropy:LlamaGenEntropyModel",
     "ar_image_pipeline": "generators.pipelines:ARImagePipeline",
     "divprune": "pruning.divprune:DivPrune",

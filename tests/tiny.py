@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 from transformers import PreTrainedTokenizerFast
 
+from generators.flowar import FlowAR
 from generators.llamagen import LlamaGen
 from generators.pipelines import ARImagePipeline
+from generators.xar import XAR
 from mmsdk.data.captions import train_caption_tokenizer
 from mmsdk.training.generator_recipes import tiny_text_encoder
 from tokenizers_img.base import ImageTokenizer
@@ -138,3 +142,24 @@ def tiny_pipeline(image_tokenizer: ImageTokenizer | None = None, condition: str 
     pipeline = ARImagePipeline(randomised(transformer), image_tokenizer, text_encoder, captions, guidance_scale=2.0)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_xar(seed: int = 0, std: float = 0.3, **overrides: Any) -> XAR:
+    """2 x 2 cells of 2 x 2 latents of 3 numbers, 5 classes; no layer is zero, as some are before training."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "encoder_layers": 1, "decoder_layers": 2, "num_heads": 2}
+    sizes |= {"grid_size": 4, "cell_size": 2, "latent_channels": 3, "num_classes": 5}
+    return _scattered(XAR(**(sizes | overrides)), seed, std)
+
+
+def tiny_flowar(seed: int = 0, std: float = 0.1, **overrides: Any) -> FlowAR:
+    """Scales of 1, 2 and 4 latents along each side, of 3 numbers, 5 classes; no layer is zero."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "encoder_layers": 1, "decoder_layers": 2, "num_heads": 2}
+    sizes |= {"head_width": 64, "head_depth": 2, "scales": (1, 2, 4), "latent_channels": 3, "num_classes": 5}
+    return _scattered(FlowAR(**(sizes | overrides)), seed, std)
+
+
+def _scattered(model: Any, seed: int, std: float) -> Any:
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return model.eval()

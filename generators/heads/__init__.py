@@ -1,0 +1,1 @@
+"""Token heads: from what the backbone knows of a position to its token."""
