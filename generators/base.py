@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 
 class BackboneState(Protocol):
@@ -28,6 +28,29 @@ class BackboneState(Protocol):
         """Keep only these rows, in that order."""
 
 
+class TokenHead(Protocol):
+    """From what a backbone knows of positions, `z`, to their tokens."""
+
+    def loss(self, z: Tensor, target: Tensor, generator: Generator | None = None) -> Tensor:
+        """Return the loss of each token, `(n,)`, of `z` `(n, condition_dim)` and `target` `(n, token_dim)`."""
+
+    def plan(self, timesteps: Sequence[int]) -> Any:
+        """Compute what does not depend on the tokens; a plan is as long as the number of steps to make."""
+
+    def sample(
+        self, z: Tensor, noise: Tensor, plan: Any, temperature: float = 1.0, guidance_scale: float = 1.0
+    ) -> Tensor:
+        """Return tokens `(n, token_dim)`.
+
+        Args:
+            z: `(n, condition_dim)`, or twice the rows, the unconditional ones last, where guided.
+            noise: `(draws, n, token_dim)`, that to start from first.
+            plan: of `plan`.
+            temperature: factor of the noise of the steps.
+            guidance_scale: 1 is none.
+        """
+
+
 @dataclass
 class Trace:
     """What a generation executed, so that a saving can be counted and not only timed.
@@ -37,6 +60,8 @@ class Trace:
         rows: rows of each forward, conditional and unconditional.
         positions: positions per row of each forward.
         guidance: guidance scale of each step.
+        head_steps: passes through the token head at each step of the generation, for heads that make several.
+        head_rows: tokens in each of these passes, conditional and unconditional.
         logits: per step `(batch, codebook_size)`: after guidance, before temperature, top-k and top-p.
     """
 
@@ -44,6 +69,8 @@ class Trace:
     rows: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     guidance: list[float] = field(default_factory=list)
+    head_steps: list[int] = field(default_factory=list)
+    head_rows: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list, repr=False)
 
     def record_forward(self, rows: int, positions: int) -> None:
@@ -56,6 +83,11 @@ class Trace:
         self.guidance.append(guidance)
         if self.keep_logits:
             self.logits.append(logits)
+
+    def record_head(self, rows: int, steps: int) -> None:
+        """Count `steps` passes of `rows` tokens through the head."""
+        self.head_rows.append(rows)
+        self.head_steps.append(steps)
 
     @property
     def forwards(self) -> int:

@@ -27,6 +27,7 @@ REGISTRY: dict[str, str] = {
     "tokenbridge": "tokenizers_img.tokenbridge:TokenBridge",
     "vae": "tokenizers_img.vae:KLVAE",
     "llamagen": "generators.llamagen:LlamaGen",
+    "mar": "generators.mar:MAR",
     "xar": "generators.xar:XAR",
     "flowar": "generators.flowar:FlowAR",
     "llamagen_entropy": "generators.entropy:LlamaGenEntropyModel",

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from generators.flowar import FlowAR
 from generators.llamagen import LlamaGen
+from generators.mar import MAR
 from generators.pipelines import ARImagePipeline
 from generators.xar import XAR
 from mmsdk.data.captions import train_caption_tokenizer
@@ -156,6 +157,15 @@ def tiny_flowar(seed: int = 0, std: float = 0.1, **overrides: Any) -> FlowAR:
     sizes: dict[str, Any] = {"hidden_size": 16, "encoder_layers": 1, "decoder_layers": 2, "num_heads": 2}
     sizes |= {"head_width": 64, "head_depth": 2, "scales": (1, 2, 4), "latent_channels": 3, "num_classes": 5}
     return _scattered(FlowAR(**(sizes | overrides)), seed, std)
+
+
+def tiny_mar(seed: int = 0, std: float = 0.2, **overrides: Any) -> MAR:
+    """4 x 4 tokens of 3 numbers, 5 classes or captions of 6 features, 3 condition tokens; no layer is zero."""
+    sizes: dict[str, Any] = {"grid_size": 4, "latent_channels": 3, "encoder_shape": (16, 1, 2)}
+    sizes |= {"decoder_shape": (24, 2, 2), "head_shape": (20, 2), "num_classes": 5, "buffer_size": 3}
+    if overrides.get("condition") == "text":
+        sizes |= {"num_classes": None, "caption_dim": 6}
+    return _scattered(MAR(**(sizes | overrides)), seed, std)
 
 
 def _scattered(model: Any, seed: int, std: float) -> Any:
