@@ -51,10 +51,12 @@ class MARForwardOutput(BaseOutput):
     Attributes:
         loss: scalar, mean over the masked tokens.
         mask: `(batch, num_tokens)` bool, the tokens that were masked.
+        hidden_states: `(batch, num_masked, decoder_width)`, what the head was given of each, in raster order.
     """
 
     loss: Tensor
     mask: Tensor
+    hidden_states: Tensor
 
 
 @dataclass
@@ -586,7 +588,7 @@ class MAR(MaskedTransformer):
         mask: Tensor | None = None,
         generator: Generator | None = None,
         return_dict: bool = True,
-    ) -> MARForwardOutput | tuple[Tensor, Tensor]:
+    ) -> MARForwardOutput | tuple[Tensor, Tensor, Tensor]:
         """Compute the loss of masked tokens.
 
         Args:
@@ -597,7 +599,7 @@ class MAR(MaskedTransformer):
             drop_condition: `(batch,)` bool; rows trained without their condition, for guidance.
             mask: `(batch, num_tokens)` bool, true where masked, as many in every row; drawn by default.
             generator: draws the mask, then timesteps and noise of the head; none draws with a new seed.
-            return_dict: False returns `(loss, mask)`.
+            return_dict: False returns `(loss, mask, hidden_states)`.
 
         Raises:
             ValueError: a shape is wrong or a value is out of its range.
@@ -617,7 +619,7 @@ class MAR(MaskedTransformer):
         copies = (self.config.diffusion_batch_mul, 1)
         target = _gather(tokens, positions).flatten(0, 1)
         loss = self.diffloss.loss(z.flatten(0, 1).repeat(copies), target.repeat(copies), generator).mean()
-        output = MARForwardOutput(loss=loss, mask=mask)
+        output = MARForwardOutput(loss=loss, mask=mask, hidden_states=z)
         return output if return_dict else output.to_tuple()
 
     # ------------------------------------------------------------------------------------------------ generation

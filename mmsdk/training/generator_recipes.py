@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from generators.llamagen import LlamaGen
+from generators.mar import MAR
 from mmsdk.data.captions import MAX_PROMPT_TOKENS, train_caption_tokenizer
 from mmsdk.data.emoji import STYLES, EmojiDataset, EmojiRecord, caption_of
 from mmsdk.images import image_grid, tensor_to_pil
+from mmsdk.tokens import ImageTokens
 from mmsdk.training.loop import Recipe, TrainingConfig
+from mmsdk.training.tokenizer_recipes import to_float
 from tokenizers_img.base import ImageTokenizer
 from tokenizers_img.one_d_piece import OneDPiece
+from tokenizers_img.vae import KLVAE
 from tokenizers_img.vq import VQ
 
 # Drawn often enough to be learned well, with a share of everything else: prompts that people type.
@@ -41,7 +47,7 @@ def sampling_weights(records: list[EmojiRecord]) -> np.ndarray:
 class TextToImageModule(nn.Module):
     """A text encoder and the transformer that it conditions, trained together."""
 
-    def __init__(self, transformer: LlamaGen, text_encoder: T5EncoderModel) -> None:
+    def __init__(self, transformer: nn.Module, text_encoder: T5EncoderModel) -> None:
         super().__init__()
         self.transformer = transformer
         self.text_encoder = text_encoder
@@ -69,7 +75,7 @@ def tiny_text_encoder(vocab_size: int, dim: int = 192, num_layers: int = 2) -> T
 
 
 class TextToImageRecipe(Recipe):
-    """Text-conditional LlamaGen over the tokens of an embedded tokenizer, with its text encoder.
+    """A generator of images from captions, over an embedded tokenizer, with its text encoder.
 
     Args:
         config: shared hyper-parameters.
@@ -80,19 +86,18 @@ class TextToImageRecipe(Recipe):
     Attributes:
         default_steps: steps of the embedded model.
         tokenizer_class: class of the image tokenizer.
-        num_tokens: tokens to learn (a prefix, for ordered tokenizers); None for all.
         styles: image sets to learn; fewer are learned better in the same time.
         condition_dropout: share of captions that are dropped, for guidance.
         plain_captions: share of captions that are just "label, style", what people type most.
+        hidden_modules: parts of the transformer whose matrices Muon trains.
     """
 
     default_steps: int
     tokenizer_class: type[ImageTokenizer]
-    num_tokens: int | None = None
     styles: tuple[str, ...] = ("noto", "twemoji", "fluent flat")
     condition_dropout = 0.1
     plain_captions = 0.5
-    shape = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "multiple_of": 64}
+    hidden_modules: tuple[str, ...]
 
     def __init__(
         self,
@@ -116,13 +121,24 @@ class TextToImageRecipe(Recipe):
             evaluate_every=800,
         )
 
+    @abstractmethod
+    def tokenize(self, images: np.ndarray) -> Tensor:
+        """Turn uint8 images `(n, H, W, 3)` into what the transformer learns, `(n, ...)`."""
+
+    @abstractmethod
+    def build(self, caption_dim: int) -> Any:
+        """Build the transformer, for text features of this width."""
+
     def setup(self) -> nn.Module:
         """Tokenize the images, learn the caption vocabulary, build the models."""
-        self.image_tokenizer = self.tokenizer_class.from_pretrained(self.tokenizer_source).eval()
+        self.image_tokenizer: Any = self.tokenizer_class.from_pretrained(self.tokenizer_source).eval()
         train, pair = EmojiDataset("train", self.styles), EmojiDataset("pair", self.styles)
         self.records, self.pair_records = train.records, pair.records
-        self.token_ids = self._tokenize(train.images)
-        self.pair_token_ids = self._tokenize(pair.images)
+        with torch.no_grad():
+            self.targets, self.pair_targets = (
+                torch.cat([self.tokenize(part.images[i : i + 64]) for i in range(0, len(part.images), 64)])
+                for part in (train, pair)
+            )
         self.cumulative = sampling_weights(self.records)
         texts = [" ".join((r.label, *r.tags)) for r in self.records] + list(STYLES) * 200
         self.caption_tokenizer: PreTrainedTokenizerFast = (
@@ -131,39 +147,20 @@ class TextToImageRecipe(Recipe):
             else PreTrainedTokenizerFast.from_pretrained(self.caption_tokenizer_source)
         )
         text_encoder = tiny_text_encoder(len(self.caption_tokenizer))
-        transformer = LlamaGen(
-            **self.shape,
-            codebook_size=self.image_tokenizer.codebook_sizes[0],
-            max_tokens=self.token_ids.shape[1],
-            condition="text",
-            num_classes=None,
-            caption_dim=text_encoder.config.d_model,
-            num_condition_tokens=MAX_PROMPT_TOKENS,
-            positions="learned",
-            token_dropout=0.0,
-            residual_dropout=0.0,
-            feed_forward_dropout=0.0,
-        )
-        return TextToImageModule(transformer, text_encoder)
-
-    def _tokenize(self, images: np.ndarray) -> Tensor:
-        parts = [
-            self.image_tokenizer.encode(torch.from_numpy(images[i : i + 64]).permute(0, 3, 1, 2)).token_ids
-            for i in range(0, len(images), 64)
-        ]
-        return torch.cat(parts)[:, : self.num_tokens]
+        return TextToImageModule(self.build(text_encoder.config.d_model), text_encoder)
 
     def muon_parameters(self, module: Any) -> list[nn.Parameter]:
         """Return the hidden matrices of the transformer and of the text encoder, which learns much faster so."""
-        hidden = (module.transformer.layers, module.transformer.cls_embedding, module.text_encoder.encoder.block)
+        hidden = [getattr(module.transformer, name) for name in self.hidden_modules]
         return [
             p
-            for part in hidden
+            for part in (*hidden, module.text_encoder.encoder.block)
             for name, p in part.named_parameters()
             if p.ndim == 2 and "relative_attention_bias" not in name
         ]
 
-    def _captions(self, texts: list[str]) -> dict[str, Tensor]:
+    def captions(self, texts: list[str]) -> dict[str, Tensor]:
+        """Return `input_ids` and `attention_mask` of captions, padded to the longest prompt."""
         return dict(
             self.caption_tokenizer(
                 texts,
@@ -176,68 +173,34 @@ class TextToImageRecipe(Recipe):
         )
 
     def batch(self, step: int, rng: random.Random) -> dict[str, Tensor]:
-        """Return tokens, a caption of each image, which captions to drop, and the input tokens.
-
-        A small model soon recognises an image by its first tokens and recites the rest without reading the caption.
-        Up to 80% of the input tokens of four images in five therefore come from another image of the batch, so that
-        only the caption tells what comes next. It also prepares for the errors of sampling.
-        """
+        """Return the images' tokens, a caption of each image, and which captions to drop."""
         draws = [rng.random() for _ in range(self.config.batch_size)]
         rows = np.searchsorted(self.cumulative, draws).clip(max=len(self.records) - 1)
-        captions = self._captions(
+        captions = self.captions(
             [caption_of(self.records[i], None if rng.random() < self.plain_captions else rng) for i in rows]
         )
         drop = torch.tensor([rng.random() < self.condition_dropout for _ in rows])
-        token_ids = self.token_ids[torch.from_numpy(rows)]
-        rates = [rng.uniform(0.0, 0.8) if rng.random() < 0.8 else 0.0 for _ in rows]
-        wrong = torch.tensor([[rng.random() < rate for _ in range(token_ids.shape[1])] for rate in rates])
-        inputs = torch.where(wrong, token_ids.roll(1, 0), token_ids)
-        return {"token_ids": token_ids, "inputs": inputs, "drop_condition": drop, **captions}
+        return {"targets": self.targets[torch.from_numpy(rows)], "drop_condition": drop, **captions}
 
-    def loss(self, module: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross entropy of the tokens."""
-        features = module.features(batch["input_ids"], batch["attention_mask"])
-        output = module.transformer(
-            batch["inputs"],
-            caption_features=features,
-            caption_mask=batch["attention_mask"],
-            drop_condition=batch["drop_condition"],
-            labels=batch["token_ids"],
-        )
-        return output.loss, {}
+    def conditions(self, module: Any, captions: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the arguments that tell the transformer the captions."""
+        mask = captions["attention_mask"]
+        return {"caption_features": module.features(captions["input_ids"], mask), "caption_mask": mask}
 
-    def evaluate(self, module: Any, folder: Path) -> dict[str, float]:
-        """Cross entropy on unseen emoji x style pairs, and a sheet of samples."""
-        losses = []
-        for i in range(0, min(256, len(self.pair_records)), 64):
-            captions = self._captions([caption_of(r) for r in self.pair_records[i : i + 64]])
-            ids = self.pair_token_ids[i : i + 64]
-            features = module.features(captions["input_ids"], captions["attention_mask"])
-            output = module.transformer(
-                ids, caption_features=features, caption_mask=captions["attention_mask"], labels=ids
-            )
-            losses.append(output.loss)
+    def pairs(self, count: int = 256) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Go through tokens and captions of images whose emoji x style is not trained, 64 at a time."""
+        for i in range(0, min(count, len(self.pair_records)), 64):
+            yield self.pair_targets[i : i + 64], self.captions([caption_of(r) for r in self.pair_records[i : i + 64]])
+
+    def write_samples(self, module: Any, folder: Path, draw: Callable[..., Tensor]) -> None:
+        """Write a sheet of two samples per prompt; `draw(generator=..., **conditions)` returns images."""
         prompts = [p for p in SAMPLE_PROMPTS for _ in range(2)]
-        captions = self._captions(prompts)
-        ids = module.transformer.generate(
-            caption_features=module.features(captions["input_ids"], captions["attention_mask"]),
-            caption_mask=captions["attention_mask"],
-            guidance_scale=3.0,
-            top_k=100,
+        images = draw(
+            **self.conditions(module, self.captions(prompts)),
             generator=[torch.Generator().manual_seed(i) for i in range(len(prompts))],
-        ).token_ids
-        images = self.decode(ids)
+        )
         sheet = image_grid(tensor_to_pil(F.interpolate(images, scale_factor=2)), columns=12)
         sheet.save(folder / "samples.png")
-        return {"pair_loss": float(torch.stack(losses).mean())}
-
-    def decode(self, token_ids: Tensor) -> Tensor:
-        """Decode generated tokens to images."""
-        from mmsdk.tokens import ImageTokens
-
-        return self.image_tokenizer.decode(
-            ImageTokens(token_ids=token_ids, spec=self.image_tokenizer.token_spec())
-        ).images
 
     def save(self, module: Any, folder: Path) -> None:
         """Write a pipeline folder."""
@@ -251,7 +214,79 @@ class TextToImageRecipe(Recipe):
         ).save_pretrained(folder)
 
 
-class LlamaGenRecipe(TextToImageRecipe):
+class CausalRecipe(TextToImageRecipe):
+    """LlamaGen over token ids.
+
+    Attributes:
+        num_tokens: tokens to learn (a prefix, for ordered tokenizers); None for all.
+        shape: sizes of the transformer.
+    """
+
+    num_tokens: int | None = None
+    shape = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "multiple_of": 64}
+    hidden_modules = ("layers", "cls_embedding")
+
+    def tokenize(self, images: np.ndarray) -> Tensor:
+        """Return token ids `(n, num_tokens)`."""
+        ids = self.image_tokenizer.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).token_ids
+        return ids[:, : self.num_tokens]
+
+    def build(self, caption_dim: int) -> LlamaGen:
+        """Build a LlamaGen of these tokens."""
+        return LlamaGen(
+            **self.shape,
+            codebook_size=self.image_tokenizer.codebook_sizes[0],
+            max_tokens=self.targets.shape[1],
+            condition="text",
+            num_classes=None,
+            caption_dim=caption_dim,
+            num_condition_tokens=MAX_PROMPT_TOKENS,
+            positions="learned",
+            token_dropout=0.0,
+            residual_dropout=0.0,
+            feed_forward_dropout=0.0,
+        )
+
+    def batch(self, step: int, rng: random.Random) -> dict[str, Tensor]:
+        """Return what the base does, and the input tokens.
+
+        A small model soon recognises an image by its first tokens and recites the rest without reading the caption.
+        Up to 80% of the input tokens of four images in five therefore come from another image of the batch, so that
+        only the caption tells what comes next. It also prepares for the errors of sampling.
+        """
+        batch = super().batch(step, rng)
+        token_ids = batch["targets"]
+        rates = [rng.uniform(0.0, 0.8) if rng.random() < 0.8 else 0.0 for _ in token_ids]
+        wrong = torch.tensor([[rng.random() < rate for _ in range(token_ids.shape[1])] for rate in rates])
+        return batch | {"inputs": torch.where(wrong, token_ids.roll(1, 0), token_ids)}
+
+    def loss(self, module: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross entropy of the tokens."""
+        output = module.transformer(
+            batch["inputs"],
+            **self.conditions(module, batch),
+            drop_condition=batch["drop_condition"],
+            labels=batch["targets"],
+        )
+        return output.loss, {}
+
+    def evaluate(self, module: Any, folder: Path) -> dict[str, float]:
+        """Cross entropy on unseen emoji x style pairs, and a sheet of samples."""
+        losses = [
+            module.transformer(ids, **self.conditions(module, captions), labels=ids).loss
+            for ids, captions in self.pairs()
+        ]
+
+        def draw(**arguments: Any) -> Tensor:
+            ids = module.transformer.generate(guidance_scale=3.0, top_k=100, **arguments).token_ids
+            tokens = ImageTokens(token_ids=ids, spec=self.image_tokenizer.token_spec())
+            return self.image_tokenizer.decode(tokens).images
+
+        self.write_samples(module, folder, draw)
+        return {"pair_loss": float(torch.stack(losses).mean())}
+
+
+class LlamaGenRecipe(CausalRecipe):
     """LlamaGen over the 8 x 8 grid tokens."""
 
     name = "llamagen"
@@ -259,10 +294,98 @@ class LlamaGenRecipe(TextToImageRecipe):
     tokenizer_class = VQ
 
 
-class LlamaGen1DRecipe(TextToImageRecipe):
+class LlamaGen1DRecipe(CausalRecipe):
     """LlamaGen over the first half of the One-D-Piece tokens: it can stop after any number of them."""
 
     name = "llamagen_1d"
     default_steps = 8500
     tokenizer_class = OneDPiece
     num_tokens = 32
+
+
+class MARRecipe(TextToImageRecipe):
+    """MAR over the latents of the embedded KL VAE, 2 x 2 of them to a token.
+
+    The diffusion loss alone tells the backbone little in a few thousand steps, since noised tokens tell the head much
+    of what the caption could. A linear layer therefore predicts the masked tokens from the same features, and is
+    thrown away after training.
+
+    Attributes:
+        shape: sizes of the transformer and its head.
+        regression_weight: weight of the squared error of the linear prediction.
+    """
+
+    name = "mar"
+    default_steps = 10000
+    tokenizer_class = KLVAE
+    shape = {"encoder_shape": (192, 4, 3), "decoder_shape": (192, 4, 3), "head_shape": (256, 3)}
+    regression_weight = 0.5
+    hidden_modules = ("encoder_blocks", "decoder_blocks", "cap_proj")
+
+    def tokenize(self, images: np.ndarray) -> Tensor:
+        """Return latents `(n, latent_channels, h, w)`."""
+        return self.image_tokenizer.encode_latents(to_float(torch.from_numpy(images)))
+
+    def build(self, caption_dim: int) -> MAR:
+        """Build a MAR of these latents."""
+        return MAR(
+            **self.shape,
+            grid_size=self.image_tokenizer.grid[0],
+            patch_size=2,
+            latent_channels=self.image_tokenizer.latent_channels,
+            condition="text",
+            num_classes=None,
+            caption_dim=caption_dim,
+            buffer_size=MAX_PROMPT_TOKENS,
+            attention_dropout=0.0,
+            projection_dropout=0.0,
+            mask_ratio_min=0.2,
+        )
+
+    def setup(self) -> nn.Module:
+        """Add the linear layer."""
+        module: Any = super().setup()
+        module.regression = nn.Linear(module.transformer.config.decoder_shape[0], module.transformer.token_dim)
+        return module
+
+    def batch(self, step: int, rng: random.Random) -> dict[str, Tensor]:
+        """Return what the base does, and the seed of the masks and of the noise."""
+        return super().batch(step, rng) | {"seed": torch.tensor(rng.getrandbits(62))}
+
+    def loss(self, module: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the diffusion head, and the squared error of the linear prediction."""
+        transformer, latents = module.transformer, batch["targets"]
+        output = transformer(
+            latents,
+            **self.conditions(module, batch),
+            drop_condition=batch["drop_condition"],
+            generator=torch.Generator().manual_seed(int(batch["seed"])),
+        )
+        tokens = transformer.to_tokens(latents)[output.mask]
+        regression = (module.regression(output.hidden_states.flatten(0, 1)).float() - tokens).square().mean()
+        parts = {"diffusion": output.loss.detach(), "regression": regression.detach()}
+        return output.loss + self.regression_weight * regression, parts
+
+    def evaluate(self, module: Any, folder: Path) -> dict[str, float]:
+        """Loss of the head on unseen emoji x style pairs, and a sheet of samples."""
+        losses = [
+            module.transformer(
+                latents, **self.conditions(module, captions), generator=torch.Generator().manual_seed(0)
+            ).loss
+            for latents, captions in self.pairs()
+        ]
+
+        def draw(**arguments: Any) -> Tensor:
+            latents = module.transformer.generate(num_iter=16, num_steps=25, guidance_scale=2.0, **arguments).latents
+            return self.image_tokenizer.decode_latents(latents)
+
+        self.write_samples(module, folder, draw)
+        return {"pair_loss": float(torch.stack(losses).mean())}
+
+
+class DraftMARRecipe(MARRecipe):
+    """A MAR of the same latents with a third of the layers, to draft for the other."""
+
+    name = "mar_draft"
+    default_steps = 9000
+    shape = {"encoder_shape": (128, 2, 2), "decoder_shape": (128, 1, 2), "head_shape": (192, 2)}

@@ -17,6 +17,8 @@ RECIPES: dict[str, str] = {
     "flextok": "mmsdk.training.tokenizer_recipes:FlexTokRecipe",
     "llamagen": "mmsdk.training.generator_recipes:LlamaGenRecipe",
     "llamagen_1d": "mmsdk.training.generator_recipes:LlamaGen1DRecipe",
+    "mar": "mmsdk.training.generator_recipes:MARRecipe",
+    "mar_draft": "mmsdk.training.generator_recipes:DraftMARRecipe",
     "evaluator": "mmsdk.training.evaluator_recipe:EvaluatorRecipe",
     "emoji_vqa": "mmsdk.training.vqa_recipe:EmojiVQARecipe",
 }
