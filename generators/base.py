@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Generator, Tensor
 
+from tokenizers_img.base import ImageTokenizer
+
 
 class BackboneState(Protocol):
     """What a backbone remembers of its sequences; it belongs to one generation and is changed in place.
@@ -49,6 +51,46 @@ class TokenHead(Protocol):
             temperature: factor of the noise of the steps.
             guidance_scale: 1 is none.
         """
+
+
+class LatentGenerator:
+    """What generators of continuous latents share, so that a pipeline can use any of them."""
+
+    generates = "latents"
+    config: Any
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of an image."""
+        raise NotImplementedError
+
+    def check_tokenizer(self, image_tokenizer: ImageTokenizer) -> None:
+        """Check that this generator writes the latents of an image tokenizer.
+
+        Raises:
+            ValueError: it does not.
+        """
+        name = type(image_tokenizer).__name__
+        channels = getattr(image_tokenizer, "latent_channels", None)
+        if image_tokenizer.codebook_sizes is not None or image_tokenizer.grid is None or channels is None:
+            raise ValueError(f"The generator writes continuous latents, but {name} has other tokens; pass a KLVAE.")
+        if (channels, *image_tokenizer.grid) != self.latent_shape:
+            raise ValueError(
+                f"The generator writes latents {self.latent_shape} (channels, height, width), but those of {name} are "
+                f"{(channels, *image_tokenizer.grid)}: they do not belong together."
+            )
+
+    def inpainting(self, latents: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return the arguments of a generation that regenerates masked latents.
+
+        Args:
+            latents: `(batch, latent_channels, h, w)`.
+            mask: bool `(batch, h * w)`.
+
+        Raises:
+            ValueError: this generator cannot.
+        """
+        raise ValueError(f"{type(self).__name__} generates whole images; MAR regenerates any part of one.")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from diffusers.utils import BaseOutput
 from torch import Generator, Tensor, nn
 
 from generators.annealing import StepAnnealing
-from generators.base import Trace
+from generators.base import LatentGenerator, Trace
 from generators.guidance import Guidance
 from generators.heads.flow import (
     HEAD_DIM,
@@ -105,7 +105,7 @@ class FlowAROutput(BaseOutput):
     trace: Trace
 
 
-class FlowAR(PretrainedModel):
+class FlowAR(LatentGenerator, PretrainedModel):
     """Predicts latents scale by scale, coarse to fine, each of them whole and not a residual (Ren et al., 2024).
 
     A transformer, causal over scales, turns the class and the scales so far into a vector `z` for every position of the
@@ -185,6 +185,15 @@ class FlowAR(PretrainedModel):
         side = self.scales[-1]
         grid = rotary_table(side, head_dim, self.config.rope_base).view(side, side, -1)
         return torch.cat([grid[:: side // s, :: side // s].flatten(0, 1) for s in self.scales])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of an image."""
+        return self.config.latent_channels, self.scales[-1], self.scales[-1]
+
+    def count_steps(self, **settings: Any) -> int:
+        """Return how many steps a generation takes, whatever the settings."""
+        return len(self.scales)
 
     # ------------------------------------------------------------------------------------------------ construction
 

@@ -25,6 +25,7 @@ from mmsdk.decoding.sampling import check_sampling, draw_uniforms, process_logit
 from mmsdk.errors import CheckpointError, unknown_name
 from mmsdk.loading import load_into, load_original
 from mmsdk.modeling import PretrainedModel
+from tokenizers_img.base import ImageTokenizer
 
 PRESETS: dict[str, tuple[int, int, int]] = {
     # name: layers, heads, hidden size
@@ -365,6 +366,7 @@ class LlamaGen(PretrainedModel):
     """
 
     registry_name = "llamagen"
+    generates = "token_ids"
 
     @register_to_config
     def __init__(
@@ -516,6 +518,51 @@ class LlamaGen(PretrainedModel):
         return model.eval()
 
     # ------------------------------------------------------------------------------------------------ parts
+
+    @property
+    def prompt_length(self) -> int:
+        """Most tokens of a prompt."""
+        return self.config.num_condition_tokens
+
+    def check_tokenizer(self, image_tokenizer: ImageTokenizer) -> None:
+        """Check that this transformer writes the tokens of an image tokenizer, or a prefix of ordered ones.
+
+        Raises:
+            ValueError: it does not.
+        """
+        name, count = type(image_tokenizer).__name__, self.config.max_tokens
+        if image_tokenizer.codebook_sizes != (self.config.codebook_size,):
+            raise ValueError(
+                f"The transformer writes tokens of one codebook with {self.config.codebook_size} entries, but the "
+                f"image tokenizer {name} has {image_tokenizer.codebook_sizes}: they do not belong together."
+            )
+        most = image_tokenizer.max_tokens
+        if count > most or count < most and not image_tokenizer.ordered:
+            raise ValueError(f"The transformer writes up to {count} tokens, but an image of {name} has {most}.")
+
+    def count_steps(self, num_tokens: int | None = None, num_kept_tokens: int = 0, **settings: Any) -> int:
+        """Return how many steps a generation takes; other settings do not matter."""
+        return (num_tokens or self.config.max_tokens) - num_kept_tokens
+
+    def inpainting(self, token_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return the argument of a generation that writes all tokens anew from the first masked one.
+
+        Args:
+            token_ids: `(batch, max_tokens)`.
+            mask: bool `(batch, max_tokens)`.
+
+        Raises:
+            ValueError: nothing is masked, or the images of a batch begin to differ at different tokens.
+        """
+        firsts = [int(row.nonzero()[0]) if bool(row.any()) else -1 for row in mask]
+        if min(firsts) < 0:
+            raise ValueError("The mask touches no token; there is nothing to regenerate.")
+        if len(set(firsts)) > 1:
+            raise ValueError(
+                f"The masks of a batch must begin at the same token for a causal transformer, got {firsts}; pass the "
+                "images one by one."
+            )
+        return {"prefix": token_ids[:, : firsts[0]]}
 
     def embed_condition(
         self,
@@ -841,6 +888,7 @@ class LlamaGen(PretrainedModel):
         top_k: int = 0,
         top_p: float = 1.0,
         do_sample: bool = True,
+        prefix: Tensor | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         uniforms: Tensor | None = None,
         trace: Trace | None = None,
@@ -862,12 +910,15 @@ class LlamaGen(PretrainedModel):
         for step, scale in enumerate(scales):
             if not (math.isfinite(scale) and scale >= 0):
                 raise ValueError(f"Guidance scales must be finite and at least 0, got {scale} at step {step}.")
-        last_guided = max((step for step, scale in enumerate(scales) if scale != 1.0), default=-1)
+        first = 0 if prefix is None else self._check_prefix(prefix, num_tokens)
+        last_guided = max((step for step, scale in enumerate(scales) if scale != 1.0 and step >= first), default=-1)
         if uniforms is not None and generator is not None:
             raise ValueError("Pass uniforms or a generator, not both.")
 
         state = self.prefill(class_labels, caption_features, caption_mask, num_tokens, guided=last_guided >= 0)
         batch = state.num_rows // 2 if last_guided >= 0 else state.num_rows
+        if prefix is not None and len(prefix) != batch:
+            raise ValueError(f"prefix must have one row for each of {batch} images, got {len(prefix)}.")
         if not do_sample:
             uniforms = None
         elif uniforms is None:
@@ -879,7 +930,15 @@ class LlamaGen(PretrainedModel):
             uniforms = uniforms.to(device)
         if trace is None:
             trace = Trace()
-        return self._iterate(state, batch, scales, last_guided, (temperature, top_k, top_p), uniforms, trace)
+        return self._iterate(state, batch, scales, last_guided, (temperature, top_k, top_p), prefix, uniforms, trace)
+
+    def _check_prefix(self, prefix: Tensor, num_tokens: int) -> int:
+        if prefix.ndim != 2 or not prefix.shape[1] < num_tokens:
+            raise ValueError(
+                f"prefix must be (batch, k) with k below the {num_tokens} tokens to come to, got {tuple(prefix.shape)}."
+            )
+        _check_ids("The ids of the prefix", prefix, self.config.codebook_size)
+        return prefix.shape[1]
 
     @torch.no_grad()
     def _iterate(
@@ -889,14 +948,20 @@ class LlamaGen(PretrainedModel):
         scales: list[float],
         last_guided: int,
         sampling: tuple[float, int, float],
+        prefix: Tensor | None,
         uniforms: Tensor | None,
         trace: Trace,
     ) -> Iterator[tuple[int, Tensor]]:
         hidden = state.condition_hidden
         trace.record_forward(state.num_rows, state.length)
         token_ids = torch.empty(batch, len(scales), dtype=torch.int64, device=hidden.device)
-        for step, scale in enumerate(scales):
-            if step > 0:
+        first = 0 if prefix is None else prefix.shape[1]
+        if prefix is not None and first:
+            token_ids[:, :first] = prefix
+            hidden = self.advance(token_ids[:, :first].repeat(state.num_rows // batch, 1), state)[:, -1]
+            trace.record_forward(state.num_rows, first)
+        for step, scale in enumerate(scales[first:], first):
+            if step > first:
                 previous = token_ids[:, step - 1 : step]
                 if state.num_rows > batch:
                     if step > last_guided:
@@ -925,6 +990,7 @@ class LlamaGen(PretrainedModel):
         top_k: int = 0,
         top_p: float = 1.0,
         do_sample: bool = True,
+        prefix: Tensor | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         uniforms: Tensor | None = None,
         callback: Callable[[int, Tensor], None] | None = None,
@@ -948,6 +1014,7 @@ class LlamaGen(PretrainedModel):
             top_k: keep the k most probable ids; 0 keeps all.
             top_p: keep the most probable ids up to this sum; 1 keeps all.
             do_sample: False takes the most probable id.
+            prefix: `(batch, k)` int64, the first k of the tokens, which are given; with k = 0 to `num_tokens` - 1.
             generator: one, or one per image; none draws with a new seed. The global one is never used.
             uniforms: `(batch, num_tokens)` in [0, 1), draws in place of a generator's.
             callback: called as `callback(step, token_ids)` after every token, with `(batch, step + 1)` tokens.
@@ -960,7 +1027,7 @@ class LlamaGen(PretrainedModel):
         trace = Trace() if trace is None else trace
         steps = self.iter_generate(
             class_labels, caption_features, caption_mask, num_tokens, guidance_scale, cfg_interval, temperature, top_k,
-            top_p, do_sample, generator, uniforms, trace,
+            top_p, do_sample, prefix, generator, uniforms, trace,
         )  # fmt: skip
         for step, token_ids in steps:
             if callback is not None:

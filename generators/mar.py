@@ -18,7 +18,7 @@ from diffusers.utils import BaseOutput
 from torch import Generator, Tensor, nn
 
 from generators.annealing import StepAnnealing
-from generators.base import Trace
+from generators.base import LatentGenerator, Trace
 from generators.guidance import Guidance, LinearGuidance
 from generators.heads.diffusion import SAMPLERS, DiffusionHead, DiffusionPlan
 from generators.heads.flow import NoiseStream, check_labels, check_noise
@@ -39,6 +39,7 @@ GENERATION_PRESETS: dict[str, dict[str, Any]] = {
     "L": {"num_iter": 256, "num_steps": 100, "guidance_scale": 3.0, "temperature": 1.0},
     "H": {"num_iter": 256, "num_steps": 100, "guidance_scale": 3.2, "temperature": 1.0},
 }
+DEFAULT_ITERATIONS = 64
 _NORM_EPS = 1e-6
 _INIT_STD = 0.02
 _MASK_RATIO_STD = 0.25
@@ -75,12 +76,12 @@ class MAROutput(BaseOutput):
 # ---------------------------------------------------------------------------------------------------- layers
 
 
-def _gather(x: Tensor, positions: Tensor) -> Tensor:
+def gather_positions(x: Tensor, positions: Tensor) -> Tensor:
     """Return `(batch, k, dim)`, rows of `x` `(batch, length, dim)` at `positions` `(batch, k)`."""
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def _scatter(x: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+def scatter_positions(x: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
     """Return `x` `(batch, length, dim)` with `rows` `(batch, k, dim)` at `positions` `(batch, k)`."""
     return x.scatter(1, positions[..., None].expand(-1, -1, x.shape[-1]), rows)
 
@@ -140,7 +141,7 @@ class Block(nn.Module):
         if positions is None:
             x = x + self.attn(normed)
         else:
-            x = _gather(x, positions) + self.attn(normed, _gather(normed, positions))
+            x = gather_positions(x, positions) + self.attn(normed, gather_positions(normed, positions))
         return x + self.mlp(self.norm2(x))
 
 
@@ -168,7 +169,7 @@ class Walk(NamedTuple):
         return len(self.condition) > len(self.tokens)
 
 
-class MaskedTransformer(PretrainedModel):
+class MaskedTransformer(LatentGenerator, PretrainedModel):
     """Encoder of the known tokens, and decoder that knows of every position (He et al., 2022, with condition tokens).
 
     The base of models with this backbone; they add a token head. See `MAR` for the arguments.
@@ -268,6 +269,27 @@ class MaskedTransformer(PretrainedModel):
         patches = tokens.unflatten(2, (-1, size, size)).unflatten(1, (side, side))  # n, h, w, c, p, q
         return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
+    # ------------------------------------------------------------------------------------------------ pipeline
+
+    @property
+    def prompt_length(self) -> int:
+        """Most tokens of a prompt."""
+        return self.config.buffer_size
+
+    def count_steps(self, num_iter: int = DEFAULT_ITERATIONS, **settings: Any) -> int:
+        """Return how many steps a generation takes at most; other settings do not matter."""
+        return min(num_iter, self.num_tokens)
+
+    def inpainting(self, latents: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return the arguments of a generation that regenerates the tokens with masked latents.
+
+        Args:
+            latents: `(batch, latent_channels, h, w)`.
+            mask: bool `(batch, h * w)`.
+        """
+        cells = mask.view(len(mask), 1, *self.latent_shape[1:])
+        return {"latents": latents, "mask": self.to_tokens(cells.expand(-1, self.latent_shape[0], -1, -1)).any(-1)}
+
     # ------------------------------------------------------------------------------------------------ condition
 
     def unconditional(self, batch: int) -> Tensor:
@@ -357,7 +379,7 @@ class MaskedTransformer(PretrainedModel):
         batch, _, width = hidden.shape
         size = self.config.buffer_size
         masked = self.mask_token.to(hidden.dtype).expand(batch, self.num_tokens, width)
-        grid = _scatter(masked, known, hidden[:, size:])
+        grid = scatter_positions(masked, known, hidden[:, size:])
         hidden = torch.cat([hidden[:, :size], grid], 1) + self.decoder_pos_embed_learned
         for block in self.decoder_blocks[:-1]:
             hidden = block(hidden)
@@ -423,7 +445,7 @@ class MaskedTransformer(PretrainedModel):
             known = self.to_tokens(latents).to(device, torch.float32)
             _check_batch(batch, len(known))
             masked = masked_positions(mask, batch, self.num_tokens).to(device)
-            tokens = _scatter(known, masked, known.new_zeros(*masked.shape, self.token_dim))
+            tokens = scatter_positions(known, masked, known.new_zeros(*masked.shape, self.token_dim))
         if orders is None:
             orders = masked.gather(1, stream.draw(masked.shape[1]).argsort(-1).to(device))
         elif orders.shape != masked.shape or not torch.equal(orders.to(device).sort(-1).values, masked):
@@ -454,7 +476,7 @@ class MaskedTransformer(PretrainedModel):
         """
         step, copies = walk.steps[index], 1 if walk.scales[index] == 1.0 else 2
         known, condition = step.known.repeat(copies, 1), walk.condition[: copies * len(tokens)]
-        encoded = self.encode(_gather(tokens, step.known).repeat(copies, 1, 1), known, condition)
+        encoded = self.encode(gather_positions(tokens, step.known).repeat(copies, 1, 1), known, condition)
         trace.record_forward(len(condition), self.config.buffer_size + self.num_tokens)
         return self.decode(encoded, known, step.positions.repeat(copies, 1))
 
@@ -615,9 +637,9 @@ class MAR(MaskedTransformer):
         positions = masked_positions(mask, len(tokens), self.num_tokens).to(tokens.device)
         mask = mask.expand(len(tokens), -1)
         known = (~mask).nonzero()[:, 1].view(len(tokens), -1)
-        z = self.decode(self.encode(_gather(tokens, known), known, condition), known, positions)
+        z = self.decode(self.encode(gather_positions(tokens, known), known, condition), known, positions)
         copies = (self.config.diffusion_batch_mul, 1)
-        target = _gather(tokens, positions).flatten(0, 1)
+        target = gather_positions(tokens, positions).flatten(0, 1)
         loss = self.diffloss.loss(z.flatten(0, 1).repeat(copies), target.repeat(copies), generator).mean()
         output = MARForwardOutput(loss=loss, mask=mask, hidden_states=z)
         return output if return_dict else output.to_tuple()
@@ -630,7 +652,7 @@ class MAR(MaskedTransformer):
         caption_features: Tensor | None = None,
         caption_mask: Tensor | None = None,
         batch_size: int | None = None,
-        num_iter: int = 64,
+        num_iter: int = DEFAULT_ITERATIONS,
         guidance_scale: float | Guidance = 1.0,
         num_steps: int | None = None,
         annealing: StepAnnealing | None = None,
@@ -703,7 +725,7 @@ class MAR(MaskedTransformer):
             sampled = self.diffloss.sample(z, drawn, plan, temperature, walk.scales[i], sampler)
             trace.record_head(len(z), len(plan))
             trace.guidance.append(walk.scales[i])
-            tokens = _scatter(tokens, step.positions, sampled.view(-1, *shape))
+            tokens = scatter_positions(tokens, step.positions, sampled.view(-1, *shape))
             yield step.step, self.to_latents(tokens)
 
     def generate(
@@ -712,7 +734,7 @@ class MAR(MaskedTransformer):
         caption_features: Tensor | None = None,
         caption_mask: Tensor | None = None,
         batch_size: int | None = None,
-        num_iter: int = 64,
+        num_iter: int = DEFAULT_ITERATIONS,
         guidance_scale: float | Guidance = 1.0,
         num_steps: int | None = None,
         annealing: StepAnnealing | None = None,

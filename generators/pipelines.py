@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from generators.annealing import StepAnnealing
 from generators.base import Trace
 from generators.guidance import Guidance
-from generators.llamagen import LlamaGen
 from mmsdk.errors import CheckpointError, unknown_name
-from mmsdk.images import tensor_to_pil
+from mmsdk.images import load_images, tensor_to_pil
 from mmsdk.loading import REGISTRY, resolve, resolve_pretrained
 from mmsdk.tokens import ImageTokens
 from tokenizers_img.base import ImageTokenizer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "tokens")
 _UNFINISHED = 0.5  # grey of grid cells that have no token yet
+_WHITE = 127  # grey values above it are masked
+# Arguments of `iter_generate` that the pipeline passes itself, or that only tests of a transformer need.
+_NOT_SETTINGS = (
+    "class_labels", "caption_features", "caption_mask", "batch_size", "latents", "mask", "prefix", "generator",
+    "uniforms", "orders", "noise", "trace",
+)  # fmt: skip
+
+
+class _Run(NamedTuple):
+    steps: Iterator[tuple[int, Tensor]]
+    trace: Trace
+    num_tokens: int
+    num_steps: int
 
 
 @dataclass
@@ -65,14 +80,11 @@ class ARImagePipeline(DiffusionPipeline):
     """Generates images token by token.
 
     Args:
-        transformer: writes token ids from a condition.
-        image_tokenizer: decodes them; its codebook and number of tokens must be the transformer's.
+        transformer: the generator: writes token ids or latents from a condition.
+        image_tokenizer: decodes them; its tokens must be the transformer's.
         text_encoder: transformers encoder of the prompts (text-conditional models).
         tokenizer: its tokenizer, which pads on the left.
-        guidance_scale: default of the call.
-        temperature: default of the call.
-        top_k: default of the call; 0 keeps all.
-        top_p: default of the call; 1 keeps all.
+        presets: named settings of the generation; `"default"` holds for all calls that name no other.
 
     Example:
         ```py
@@ -86,33 +98,23 @@ class ARImagePipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: LlamaGen,
+        transformer: Any,
         image_tokenizer: ImageTokenizer,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        guidance_scale: float = 3.0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        presets: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        if image_tokenizer.codebook_sizes != (transformer.config.codebook_size,):
-            raise ValueError(
-                f"The transformer writes tokens of one codebook with {transformer.config.codebook_size} entries, but "
-                f"the image tokenizer {type(image_tokenizer).__name__} has {image_tokenizer.codebook_sizes}: they do "
-                "not belong together."
-            )
-        if not _lengths_fit(transformer.config.max_tokens, image_tokenizer):
-            raise ValueError(
-                f"The transformer writes up to {transformer.config.max_tokens} tokens, but an image of "
-                f"{type(image_tokenizer).__name__} has {image_tokenizer.max_tokens}."
-            )
-        if transformer.config.condition == "text" and (text_encoder is None or tokenizer is None):
+        transformer.check_tokenizer(image_tokenizer)
+        if transformer.config.get("condition") == "text" and (text_encoder is None or tokenizer is None):
             raise ValueError("A text-conditional transformer needs a text_encoder and its tokenizer.")
         self.register_modules(
             transformer=transformer, image_tokenizer=image_tokenizer, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        self.register_to_config(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p)
+        presets = {"default": {}} | {name: dict(settings) for name, settings in (presets or {}).items()}
+        self.register_to_config(presets=presets)
+        for name in presets:
+            self._settings(name, None, {})
 
     # ------------------------------------------------------------ loading
 
@@ -144,7 +146,7 @@ class ARImagePipeline(DiffusionPipeline):
             ValueError: a prompt is empty, holds nothing that the tokenizer knows, or is too long.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        length = self.transformer.config.num_condition_tokens
+        length = self.transformer.prompt_length
         for text in prompts:
             if not isinstance(text, str):
                 raise TypeError(f"A prompt must be a string, got {type(text).__name__}.")
@@ -166,7 +168,7 @@ class ARImagePipeline(DiffusionPipeline):
     ) -> tuple[dict[str, Any], int]:
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
-        if self.transformer.config.condition == "text":
+        if self.transformer.config.get("condition") == "text":
             if prompt is None or class_labels is not None:
                 raise ValueError("This pipeline is text-conditional: pass a prompt (and no class_labels).")
             features, mask = self.encode_prompt(prompt)
@@ -189,13 +191,13 @@ class ARImagePipeline(DiffusionPipeline):
         guidance_scale: float | Guidance | None = None,
         num_tokens: int | None = None,
         temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        do_sample: bool = True,
         generator: Generator | Sequence[Generator] | None = None,
+        preset: str = "default",
+        accelerator: StepAnnealing | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end: Callable[[Any, int, int | None, dict[str, Any]], dict[str, Any] | None] | None = None,
+        **settings: Any,
     ) -> ARImagePipelineOutput | tuple[Any]:
         """Generate images.
 
@@ -205,39 +207,118 @@ class ARImagePipeline(DiffusionPipeline):
             num_images_per_prompt: images for each prompt or label.
             guidance_scale: classifier-free guidance; 1 turns it off and halves the cost. A `Guidance` varies it.
             num_tokens: stop after this many tokens (ordered tokenizers): fewer are faster and coarser.
-            temperature: divides the logits.
-            top_k: keep the k most probable tokens; 0 keeps all.
-            top_p: keep the most probable tokens up to this probability; 1 keeps all.
-            do_sample: False always takes the most probable token.
+            temperature: divides the logits, or multiplies the noise of diffusion steps.
             generator: one for the whole call, or one for each image; then an image does not depend on its batch.
+            preset: name of settings that were saved with the pipeline; arguments go before them.
+            accelerator: what makes the generation cheaper, such as `StepAnnealing`.
             output_type: `pil`, `np`, `pt`, `latent` or `tokens`.
             return_dict: False returns `(images,)`.
-            callback_on_step_end: called as `callback(pipeline, step, num_tokens, {"token_ids": ids})` after each
-                token; set `pipeline._interrupt = True` in it to stop with the tokens that are there (ordered
+            callback_on_step_end: called as `callback(pipeline, step, num_steps, {"token_ids": ids})` (or `"latents"`)
+                after each step; set `pipeline._interrupt = True` in it to stop with the tokens that are there (ordered
                 tokenizers).
+            **settings: further arguments of the transformer's `generate`, such as `top_k`, `top_p` and `do_sample`, or
+                `num_iter` and `num_steps`.
 
         Raises:
+            TypeError: the transformer has no such setting.
             ValueError: an argument is missing, out of range, or does not fit the model.
         """
-        steps = self._steps(
-            prompt, class_labels, num_images_per_prompt, guidance_scale, num_tokens, temperature, top_k, top_p,
-            do_sample, generator, output_type,
-        )  # fmt: skip
-        self._interrupt = False
-        total, trace, iterator = steps
-        with self.progress_bar(total=total) as bar:
-            for step, token_ids in iterator:
-                bar.update()
-                if callback_on_step_end is not None:
-                    callback_on_step_end(self, step, total, {"token_ids": token_ids})
-                if self._interrupt and self.image_tokenizer.ordered:
-                    break
-        tokens = self._tokens(token_ids)
-        images = self._postprocess(tokens, output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,)
-        return ARImagePipelineOutput(images=images, tokens=tokens, trace=trace)
+        given = settings | {"guidance_scale": guidance_scale, "num_tokens": num_tokens, "temperature": temperature}
+        condition, batch = self._condition(prompt, class_labels, num_images_per_prompt)
+        run = self._start(condition, batch, self._settings(preset, accelerator, given), generator, output_type)
+        return self._finish(run, output_type, return_dict, callback_on_step_end)
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        image: Any,
+        mask_image: Any,
+        prompt: str | Sequence[str] | None = None,
+        class_labels: int | Sequence[int] | None = None,
+        generator: Generator | Sequence[Generator] | None = None,
+        preset: str = "default",
+        accelerator: StepAnnealing | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **settings: Any,
+    ) -> ARImagePipelineOutput | tuple[Any]:
+        """Generate a part of images anew.
+
+        All tokens that the mask touches are regenerated. A causal transformer writes on from a prefix: it regenerates
+        every token from the first that is touched. The rest is what the tokenizer reconstructs.
+
+        Args:
+            image: what the image tokenizer takes, one or several.
+            mask_image: white (or true) where to regenerate, as high and wide as the images: one for each, or one.
+            prompt: see a call; a text for each image.
+            class_labels: see a call; one for each image.
+            generator: see a call.
+            preset: see a call.
+            accelerator: see a call.
+            output_type: see a call.
+            return_dict: see a call.
+            **settings: see a call; `guidance_scale` and `temperature` as well.
+
+        Raises:
+            ValueError: the tokens have no place in the image, the mask touches no token, or see a call.
+        """
+        tokens = self.image_tokenizer.encode(image)
+        condition, batch = self._condition(prompt, class_labels, 1)
+        _check_counts(batch, len(tokens))
+        mask = self._token_mask(mask_image, load_images(image))
+        edit = self.transformer.inpainting(self._values(tokens), mask)
+        run = self._start(condition, batch, self._settings(preset, accelerator, settings), generator, output_type, edit)
+        return self._finish(run, output_type, return_dict)
+
+    @torch.no_grad()
+    def vary(
+        self,
+        image: Any,
+        num_kept_tokens: int,
+        prompt: str | Sequence[str] | None = None,
+        class_labels: int | Sequence[int] | None = None,
+        generator: Generator | Sequence[Generator] | None = None,
+        preset: str = "default",
+        output_type: str = "pil",
+        return_dict: bool = True,
+        **settings: Any,
+    ) -> ARImagePipelineOutput | tuple[Any]:
+        """Keep what the first tokens of images say, and sample the rest anew: the fewer, the freer.
+
+        Args:
+            image: what the image tokenizer takes, one or several.
+            num_kept_tokens: tokens to keep, 0 up to one less than the transformer writes.
+            prompt: see a call; a text for each image.
+            class_labels: see a call; one for each image.
+            generator: see a call.
+            preset: see a call.
+            output_type: see a call.
+            return_dict: see a call.
+            **settings: see a call; `guidance_scale`, `num_tokens` and `temperature` as well.
+
+        Raises:
+            ValueError: the tokens are not ordered, or see a call.
+        """
+        if not self.image_tokenizer.ordered:
+            raise ValueError(
+                f"The tokens of {type(self.image_tokenizer).__name__} are not ordered by importance, so that the first "
+                "are not the gist of an image; use inpaint, or a pipeline over One-D-Piece or FlexTok tokens."
+            )
+        given = self._settings(preset, None, settings)
+        most = self._num_tokens(given.get("num_tokens")) - 1
+        if (
+            isinstance(num_kept_tokens, bool)
+            or not isinstance(num_kept_tokens, int)
+            or not 0 <= num_kept_tokens <= most
+        ):
+            raise ValueError(f"num_kept_tokens must be 0 to {most}, got {num_kept_tokens!r}.")
+        tokens = self.image_tokenizer.encode(image)
+        condition, batch = self._condition(prompt, class_labels, 1)
+        _check_counts(batch, len(tokens))
+        edit = {"prefix": tokens.token_ids[:, :num_kept_tokens]} if num_kept_tokens else {}
+        return self._finish(
+            self._start(condition, batch, given, generator, output_type, edit), output_type, return_dict
+        )
 
     @torch.no_grad()
     def stream(
@@ -248,12 +329,12 @@ class ARImagePipeline(DiffusionPipeline):
         guidance_scale: float | Guidance | None = None,
         num_tokens: int | None = None,
         temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        do_sample: bool = True,
         generator: Generator | Sequence[Generator] | None = None,
+        preset: str = "default",
+        accelerator: StepAnnealing | None = None,
         output_type: str = "pil",
         every: int | None = None,
+        **settings: Any,
     ) -> Iterator[ARImageStep]:
         """Generate like a call, yielding partial images; the last one is what the call returns.
 
@@ -261,78 +342,130 @@ class ARImagePipeline(DiffusionPipeline):
         the rest grey.
 
         Args:
-            prompt: as in a call, like all other arguments but the last.
+            prompt: see `__call__`, like all other arguments but these.
             class_labels: see `__call__`.
             num_images_per_prompt: see `__call__`.
             guidance_scale: see `__call__`.
             num_tokens: see `__call__`.
             temperature: see `__call__`.
-            top_k: see `__call__`.
-            top_p: see `__call__`.
-            do_sample: see `__call__`.
             generator: see `__call__`.
+            preset: see `__call__`.
+            accelerator: see `__call__`.
             output_type: `pil`, `np` or `pt`.
-            every: tokens between images; by default 1, 2, 4, 8, ... tokens (ordered), or one row of the grid.
+            every: steps between images; by default 1, 2, 4, 8, ... tokens (ordered), one row of the grid (token by
+                token), or every step (several tokens at once).
+            **settings: see `__call__`.
         """
         if output_type not in OUTPUT_TYPES[:3]:
             raise ValueError(f"stream gives output_type {', '.join(OUTPUT_TYPES[:3])}; got {output_type!r}.")
         if every is not None and every < 1:
             raise ValueError(f"every must be at least 1, got {every}.")
-        total, _, iterator = self._steps(
-            prompt, class_labels, num_images_per_prompt, guidance_scale, num_tokens, temperature, top_k, top_p,
-            do_sample, generator, output_type,
-        )  # fmt: skip
-        ordered, grid = self.image_tokenizer.ordered, self.image_tokenizer.grid
-        for step, token_ids in iterator:
-            count = step + 1
+        given = settings | {"guidance_scale": guidance_scale, "num_tokens": num_tokens, "temperature": temperature}
+        condition, batch = self._condition(prompt, class_labels, num_images_per_prompt)
+        run = self._start(condition, batch, self._settings(preset, accelerator, given), generator, output_type)
+        grid, ordered = self.image_tokenizer.grid, self.image_tokenizer.ordered
+        last = None
+        for index, (_, result) in enumerate(run.steps):
+            done = self._done(result)
+            count = done if isinstance(done, int) else int(done[0].sum())
             if every is not None:
-                due = count % every == 0
+                due = (index + 1) % every == 0
+            elif not isinstance(done, int):
+                due = True
             else:
                 due = count & (count - 1) == 0 if ordered or grid is None else count % grid[1] == 0
-            if count == total or ordered and due:
-                tokens = self._tokens(token_ids.clone())
-                yield ARImageStep(num_tokens=count, images=self._postprocess(tokens, output_type), tokens=tokens)
-            elif due and grid is not None:
-                yield ARImageStep(num_tokens=count, images=self._partial_grid(token_ids, output_type), tokens=None)
+            last = result
+            if count == run.num_tokens or not due:
+                continue
+            tokens = self._tokens(result.clone()) if ordered else None
+            images = self._partial(result, done) if tokens is None else self.image_tokenizer.decode(tokens).images
+            yield ARImageStep(num_tokens=count, images=_convert(images, output_type), tokens=tokens)
+        tokens = self._tokens(cast(Tensor, last).clone())
+        yield ARImageStep(num_tokens=run.num_tokens, images=self._postprocess(tokens, output_type), tokens=tokens)
 
-    def _steps(
+    def _settings(self, preset: str, accelerator: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the generation: those of the preset, what the accelerator changes, those given."""
+        if preset not in self.config.presets:
+            raise unknown_name("preset", preset, list(self.config.presets))
+        name = type(self.transformer).__name__
+        known = [k for k in inspect.signature(self.transformer.iter_generate).parameters if k not in _NOT_SETTINGS]
+        saved = dict(self.config.presets[preset])
+        if isinstance(saved.get("annealing"), Mapping):
+            saved["annealing"] = StepAnnealing(**saved["annealing"])
+        given = {key: value for key, value in given.items() if value is not None}
+        if accelerator is not None:
+            if not isinstance(accelerator, StepAnnealing):
+                raise TypeError(f"accelerator must be a StepAnnealing, got {type(accelerator).__name__}.")
+            if "annealing" not in known:
+                raise ValueError(
+                    f"StepAnnealing shortens the steps of a diffusion or flow head; {name} chooses among token ids and "
+                    "has none. It fits MAR, XAR and FlowAR."
+                )
+            given["annealing"] = accelerator
+        for one, other in (("num_steps", "annealing"), ("annealing", "num_steps")):
+            if one in given:
+                saved.pop(other, None)
+        settings = saved | given
+        if "num_tokens" not in known:
+            self._num_tokens(settings.pop("num_tokens", None))
+        for key in settings:
+            if key not in known:
+                raise TypeError(f"{name} has no setting {key!r}; it has {', '.join(sorted(known))}.")
+        if "top_k" in settings and isinstance(settings["top_k"], int):
+            # Keeping more tokens than there are is keeping all.
+            settings["top_k"] = min(settings["top_k"], max(self.image_tokenizer.codebook_sizes or (0,)))
+        return settings
+
+    def _start(
         self,
-        prompt: str | Sequence[str] | None,
-        class_labels: int | Sequence[int] | None,
-        num_images_per_prompt: int,
-        guidance_scale: float | Guidance | None,
-        num_tokens: int | None,
-        temperature: float | None,
-        top_k: int | None,
-        top_p: float | None,
-        do_sample: bool,
+        condition: dict[str, Any],
+        batch: int,
+        settings: dict[str, Any],
         generator: Generator | Sequence[Generator] | None,
         output_type: str,
-    ) -> tuple[int, Trace, Iterator[tuple[int, Tensor]]]:
-        """Check everything, then return the number of tokens, the trace to be filled, and the steps."""
+        edit: Mapping[str, Any] | None = None,
+    ) -> _Run:
+        """Check everything, before the first step."""
         if output_type not in OUTPUT_TYPES:
             raise unknown_name("output_type", output_type, list(OUTPUT_TYPES))
-        total = self._check_num_tokens(num_tokens)
-        condition, batch = self._condition(prompt, class_labels, num_images_per_prompt)
         if isinstance(generator, Sequence) and len(generator) != batch:
             raise ValueError(f"Got {len(generator)} generators for {batch} images; pass one, or one for each image.")
-        defaults = self.config
+        num_tokens = self._num_tokens(settings.get("num_tokens"))
         trace = Trace()
-        iterator = self.transformer.iter_generate(
-            **condition,
-            num_tokens=total,
-            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
-            temperature=defaults.temperature if temperature is None else temperature,
-            top_k=min(defaults.top_k if top_k is None else top_k, self.transformer.config.codebook_size),
-            top_p=defaults.top_p if top_p is None else top_p,
-            do_sample=do_sample,
-            generator=generator,
-            trace=trace,
+        steps = self.transformer.iter_generate(
+            **condition, **settings, **(edit or {}), generator=generator, trace=trace
         )
-        return total, trace, iterator
+        kept = edit["prefix"].shape[1] if edit and "prefix" in edit else 0
+        total = self.transformer.count_steps(**settings, num_kept_tokens=kept)
+        return _Run(steps, trace, num_tokens, total)
 
-    def _check_num_tokens(self, num_tokens: int | None) -> int:
-        most = self.transformer.config.max_tokens
+    def _finish(
+        self,
+        run: _Run,
+        output_type: str,
+        return_dict: bool,
+        callback: Callable[..., Any] | None = None,
+    ) -> ARImagePipelineOutput | tuple[Any]:
+        self._interrupt = False
+        name = "latents" if self.transformer.generates == "latents" else "token_ids"
+        with self.progress_bar(total=run.num_steps) as bar:
+            for step, result in run.steps:
+                bar.update()
+                if callback is not None:
+                    callback(self, step, run.num_steps, {name: result})
+                if self._interrupt and self.image_tokenizer.ordered:
+                    break
+        tokens = self._tokens(result)
+        images = self._postprocess(tokens, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (images,)
+        return ARImagePipelineOutput(images=images, tokens=tokens, trace=run.trace)
+
+    def _num_tokens(self, num_tokens: int | None) -> int:
+        most = self.image_tokenizer.max_tokens
+        if self.image_tokenizer.ordered:
+            most = self.transformer.config.max_tokens
         if num_tokens is None:
             return most
         if not 1 <= num_tokens <= most:
@@ -345,34 +478,78 @@ class ARImagePipeline(DiffusionPipeline):
             )
         return num_tokens
 
+    def _token_mask(self, mask_image: Any, images: list[Image.Image]) -> Tensor:
+        """Return which tokens of the grid a mask touches, bool `(batch, num_tokens)`."""
+        grid = self.image_tokenizer.grid
+        if grid is None:
+            raise ValueError(
+                f"The tokens of {type(self.image_tokenizer).__name__} have no place in the image; use vary, which "
+                "keeps the first of them, or a pipeline over grid tokens."
+            )
+        masks = load_images(mask_image)
+        if len(masks) not in (1, len(images)):
+            raise ValueError(f"Got {len(masks)} masks for {len(images)} images; pass one, or one for each image.")
+        rows = []
+        for mask, image in zip(masks * (len(images) // len(masks)), images, strict=True):
+            if mask.size != image.size:
+                raise ValueError(f"A mask must have its image's size {image.size}, got {mask.size}.")
+            white = torch.from_numpy(np.asarray(mask.convert("L")).copy()) > _WHITE
+            # Tokenizers see the middle square.
+            top, left = ((side - min(white.shape)) // 2 for side in white.shape)
+            square = white[top : top + min(white.shape), left : left + min(white.shape)]
+            rows.append(F.adaptive_max_pool2d(square[None].float(), grid).flatten() > 0)
+        return torch.stack(rows).to(self._execution_device)
+
     # ------------------------------------------------------------ outputs
 
-    def _tokens(self, token_ids: Tensor) -> ImageTokens:
-        return ImageTokens(token_ids=token_ids, spec=self.image_tokenizer.token_spec())
+    def _tokens(self, result: Tensor) -> ImageTokens:
+        spec = self.image_tokenizer.token_spec()
+        if self.transformer.generates == "latents":
+            return ImageTokens(latents=result.flatten(2).mT, spec=spec)
+        return ImageTokens(token_ids=result, spec=spec)
+
+    def _values(self, tokens: ImageTokens) -> Tensor:
+        """Undo `_tokens`."""
+        if tokens.latents is not None:
+            return tokens.latents.mT.unflatten(2, self.image_tokenizer.grid)
+        return cast(Tensor, tokens.token_ids)
 
     def _postprocess(self, tokens: ImageTokens, output_type: str) -> Any:
         if output_type == "tokens":
             return tokens
         if output_type == "latent":
-            return self.image_tokenizer.quantize.dequantize(tokens.token_ids)
+            return tokens.latents if tokens.latents is not None else self._dequantize(tokens)
         return _convert(self.image_tokenizer.decode(tokens).images, output_type)
 
-    def _partial_grid(self, token_ids: Tensor, output_type: str) -> Any:
+    def _dequantize(self, tokens: ImageTokens) -> Tensor:
+        return self.image_tokenizer.quantize.dequantize(tokens.token_ids)
+
+    def _done(self, result: Tensor) -> int | Tensor:
+        """Return how many tokens there are, or where they are, bool `(batch, num_tokens)`."""
+        if self.transformer.generates == "latents":
+            return (result != 0).any(1).flatten(1)
+        return result.shape[1]
+
+    def _partial(self, result: Tensor, done: int | Tensor) -> Tensor:
         """Decode the cells that have a token and paint the others grey."""
         rows, columns = self.image_tokenizer.grid or (0, 0)
-        count = token_ids.shape[1]
-        # Convolutions look beyond a cell: missing tokens repeat the last one, so that the border is not disturbed by a
-        # wild guess.
-        padded = torch.cat([token_ids, token_ids[:, -1:].expand(-1, rows * columns - count)], 1)
-        images = self.image_tokenizer.decode(self._tokens(padded)).images
-        done = (torch.arange(rows * columns, device=images.device) < count).view(1, 1, rows, columns)
-        done = done.repeat_interleave(images.shape[2] // rows, 2).repeat_interleave(images.shape[3] // columns, 3)
-        return _convert(torch.where(done, images, torch.full_like(images, _UNFINISHED)), output_type)
+        if isinstance(done, int):
+            # Convolutions look beyond a cell: missing tokens repeat the last one, so that the border is not disturbed
+            # by a wild guess.
+            result = torch.cat([result, result[:, -1:].expand(-1, rows * columns - done)], 1)
+            done = (torch.arange(rows * columns, device=result.device) < done).expand(len(result), -1)
+        elif done.shape[1] != rows * columns:  # a coarser scale
+            result = F.interpolate(result, size=(rows, columns))
+            done = torch.ones(len(result), rows * columns, dtype=torch.bool, device=result.device)
+        images = self.image_tokenizer.decode(self._tokens(result)).images
+        cells = done.view(-1, 1, rows, columns)
+        cells = cells.repeat_interleave(images.shape[2] // rows, 2).repeat_interleave(images.shape[3] // columns, 3)
+        return torch.where(cells, images, torch.full_like(images, _UNFINISHED))
 
 
-def _lengths_fit(count: int, image_tokenizer: ImageTokenizer) -> bool:
-    """A transformer over ordered tokens may write a prefix only; over a grid it must write all."""
-    return count <= image_tokenizer.max_tokens if image_tokenizer.ordered else count == image_tokenizer.max_tokens
+def _check_counts(conditions: int, images: int) -> None:
+    if conditions != images:
+        raise ValueError(f"Got {conditions} prompts or labels for {images} images; pass one for each image.")
 
 
 def _convert(images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:

@@ -17,7 +17,7 @@ from diffusers.utils import BaseOutput
 from torch import Generator, Tensor, nn
 
 from generators.annealing import StepAnnealing
-from generators.base import Trace
+from generators.base import LatentGenerator, Trace
 from generators.guidance import Guidance, combine
 from generators.heads.flow import (
     NORM_EPS,
@@ -90,7 +90,7 @@ class XAROutput(BaseOutput):
     trace: Trace
 
 
-class XAR(PretrainedModel):
+class XAR(LatentGenerator, PretrainedModel):
     """Predicts the velocity of a cell of latents from its noisy state and the cells before it (Ren et al., 2025).
 
     The grid of latents is cut into square cells, in raster order; positions within a cell are in raster order, too. All
@@ -158,6 +158,15 @@ class XAR(PretrainedModel):
         table = rotary_table(grid_size, hidden_size // num_heads, rope_base)
         self._rotary = RotaryTable(self._cut(table.view(1, grid_size, grid_size, -1)).flatten(0, 2))
         initialise(self, initializer_range)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of an image."""
+        return self.config.latent_channels, self.config.grid_size, self.config.grid_size
+
+    def count_steps(self, **settings: Any) -> int:
+        """Return how many steps a generation takes, whatever the settings."""
+        return self.num_cells
 
     # ------------------------------------------------------------------------------------------------ construction
 

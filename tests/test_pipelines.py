@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from generators.annealing import StepAnnealing
 from generators.guidance import LinearGuidance
 from generators.pipelines import ARImagePipeline
 from mmsdk.errors import CheckpointError, UnknownNameError
 from mmsdk.tokens import ImageTokens
-from tests.tiny import tiny_one_d_piece, tiny_pipeline, tiny_vq
+from tests.tiny import tiny_flowar, tiny_latent_pipeline, tiny_one_d_piece, tiny_pipeline, tiny_vq, tiny_xar
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:
@@ -157,14 +159,185 @@ def test_save_and_load_round_trip(tmp_path: Path, kind: str) -> None:
     loaded = ARImagePipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     call = {"class_labels": 2} if kind == "class" else {"prompt": "green apple"}
-    assert loaded.config.guidance_scale == 2.0
+    assert loaded.config.presets == {"default": {"guidance_scale": 2.0}}
     one, other = (p(**call, generator=seeded(9), output_type="pt") for p in (pipeline, loaded))
     assert torch.equal(one.tokens.token_ids, other.tokens.token_ids)
     assert one.tokens.spec == other.tokens.spec
     assert torch.equal(one.images, other.images)
 
 
+# ---------------------------------------------------------------- generators of latents
+
+
+@pytest.fixture(scope="module")
+def latent() -> ARImagePipeline:
+    return tiny_latent_pipeline()
+
+
+def test_a_call_is_the_generator_and_the_vae(latent: ARImagePipeline) -> None:
+    output = latent(["red heart", "pizza"], num_iter=4, generator=seeded(3, 4), output_type="pt")
+    with torch.no_grad():
+        features, mask = latent.encode_prompt(["red heart", "pizza"])
+        latents = latent.transformer.generate(
+            caption_features=features, caption_mask=mask, num_iter=4, annealing=StepAnnealing(4, 4),
+            guidance_scale=2.0, generator=seeded(3, 4),
+        ).latents  # fmt: skip
+        images = latent.image_tokenizer.decode_latents(latents).clamp(0, 1)
+    assert torch.equal(output.tokens.latents, latents.flatten(2).mT)
+    torch.testing.assert_close(output.images, images, atol=1e-4, rtol=0)
+    assert output.trace.head_steps == [4] * 4
+
+
+def test_annealing_is_an_accelerator(latent: ARImagePipeline) -> None:
+    annealed = latent("pizza", num_iter=4, accelerator=StepAnnealing(6, 3), generator=seeded(0)).trace
+    assert annealed.head_steps == [6, 5, 4, 3]
+    given = latent("pizza", num_iter=4, annealing=StepAnnealing(6, 3), num_steps=None, generator=seeded(0)).trace
+    assert given.head_steps == annealed.head_steps
+
+
+def test_presets_are_saved_and_yield_to_arguments(tmp_path: Path) -> None:
+    pipeline = tiny_latent_pipeline()
+    presets = {"default": {"num_steps": 3}, "fast": {"num_iter": 2, "annealing": {"upper": 4, "lower": 2}}}
+    ARImagePipeline(
+        pipeline.transformer, pipeline.image_tokenizer, pipeline.text_encoder, pipeline.tokenizer, presets
+    ).save_pretrained(tmp_path)
+    loaded = ARImagePipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded("pizza", preset="fast").trace.head_steps == [4, 2]
+    assert loaded("pizza", preset="fast", num_steps=5).trace.head_steps == [5, 5]
+    assert loaded("pizza", num_iter=1).trace.head_steps == [3]
+    with pytest.raises(UnknownNameError, match="Did you mean 'fast'"):
+        loaded("pizza", preset="fats")
+    with pytest.raises(TypeError, match="MAR has no setting 'num_step'"):
+        ARImagePipeline(
+            pipeline.transformer, pipeline.image_tokenizer, pipeline.text_encoder, pipeline.tokenizer,
+            {"default": {"num_step": 3}},
+        )  # fmt: skip
+
+
+def test_stream_of_latents_paints_what_is_there(latent: ARImagePipeline) -> None:
+    steps = list(latent.stream("pizza", num_iter=4, generator=seeded(7), output_type="pt"))
+    assert [step.num_tokens for step in steps] == sorted(step.num_tokens for step in steps)
+    assert steps[-1].num_tokens == 64
+    grey = (steps[0].images == 0.5).all(1).float().mean()
+    assert float(grey) == pytest.approx(1 - steps[0].num_tokens / 64)
+    final = latent("pizza", num_iter=4, generator=seeded(7), output_type="pt").images
+    assert torch.equal(steps[-1].images, final)
+
+
+@pytest.mark.parametrize(
+    "generator", [lambda: tiny_xar(grid_size=8, cell_size=4), lambda: tiny_flowar(scales=(1, 2, 4, 8))]
+)
+def test_class_conditional_generators_of_latents(generator: Any) -> None:
+    transformer = generator().__class__(**{**generator().config, "latent_channels": 4})
+    pipeline = tiny_latent_pipeline(transformer)
+    output = pipeline(class_labels=[1, 4], num_steps=3, generator=seeded(0, 1), output_type="pt")
+    assert output.images.shape == (2, 3, 16, 16)
+    steps = list(pipeline.stream(class_labels=[1], num_steps=3, generator=seeded(0), output_type="pt"))
+    assert torch.allclose(steps[-1].images, output.images[:1], atol=1e-4)
+    with pytest.raises(ValueError, match="whole images"):
+        pipeline.inpaint(output.images, np.ones((16, 16), bool), class_labels=[0, 1])
+
+
+# ---------------------------------------------------------------- editing
+
+
+def halves(rows: slice, columns: slice) -> np.ndarray:
+    mask = np.zeros((16, 16), bool)
+    mask[rows, columns] = True
+    return mask
+
+
+def test_inpainting_of_latents_leaves_the_rest(latent: ARImagePipeline) -> None:
+    images = latent(["red heart", "pizza"], num_iter=2, generator=seeded(1, 2), output_type="pt").images
+    mask = halves(slice(8, 16), slice(0, 16))
+    output = latent.inpaint(
+        images, mask, ["cat face", "pizza"], num_iter=3, generator=seeded(3, 4), output_type="latent"
+    )
+    before = latent.image_tokenizer.encode(images).latents
+    after = output.images
+    assert torch.equal(after[:, :32], before[:, :32])
+    assert bool((after[:, 32:] != before[:, 32:]).all())
+    assert sum(output.trace.head_rows) == 2 * 2 * 8  # 8 tokens of 2 x 2 latents, guided, in 2 images
+
+
+def test_inpainting_everything_is_generating(latent: ARImagePipeline) -> None:
+    images = latent("pizza", num_iter=2, generator=seeded(1), output_type="pt").images
+    full = latent.inpaint(images, np.ones((16, 16), bool), "cat face", num_iter=3, generator=seeded(5)).tokens
+    assert torch.equal(full.latents, latent("cat face", num_iter=3, generator=seeded(5)).tokens.latents)
+
+
+def test_inpainting_of_a_causal_grid_writes_on(grid: ARImagePipeline) -> None:
+    tokens = grid("pizza", generator=seeded(1)).tokens
+    image = grid.image_tokenizer.decode(tokens).images
+    known = grid.image_tokenizer.encode(image).token_ids
+    output = grid.inpaint(image, halves(slice(8, 9), slice(5, 6)), "red heart", generator=seeded(2))
+    assert torch.equal(output.tokens.token_ids[:, :9], known[:, :9])  # row 2, column 1 of 4 x 4 cells
+    assert output.trace.forwards == 1 + 16 - 9
+
+
+def test_a_variation_with_the_generator_of_an_image_is_that_image(ordered: ARImagePipeline) -> None:
+    original = ordered("pizza", generator=seeded(5))
+    with_prefix = ordered.transformer.generate(
+        **dict(zip(("caption_features", "caption_mask"), ordered.encode_prompt("pizza"), strict=True)),
+        guidance_scale=2.0, prefix=original.tokens.token_ids[:, :3], generator=seeded(5),
+    )  # fmt: skip
+    assert torch.equal(with_prefix.token_ids, original.tokens.token_ids)
+
+
+def test_variations_keep_their_prefix(ordered: ARImagePipeline) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    known = ordered.image_tokenizer.encode(images).token_ids
+    kept = ordered.vary(images, 5, "pizza", generator=seeded(2)).tokens.token_ids
+    assert torch.equal(kept[:, :5], known[:, :5])
+    free = ordered.vary(images, 0, "pizza", generator=seeded(2)).tokens.token_ids
+    assert torch.equal(free, ordered("pizza", generator=seeded(2)).tokens.token_ids)
+
+
 # ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("grid", {"accelerator": StepAnnealing()}, "chooses among token ids and has none. It fits MAR"),
+        ("grid", {"preset": "bset"}, "preset"),
+        ("latent", {"num_tokens": 3}, "KLVAE needs all 64 tokens"),
+        ("latent", {"num_steps": 5, "annealing": StepAnnealing()}, "not both"),
+        ("latent", {"num_iter": 0}, "num_iter must be an integer of at least 1"),
+    ],
+)
+def test_settings_that_do_not_fit(kind: str, arguments: dict, message: str, request: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        request.getfixturevalue(kind)("pizza", **arguments)
+
+
+def test_a_setting_of_another_generator(grid: ARImagePipeline, latent: ARImagePipeline) -> None:
+    with pytest.raises(TypeError, match="LlamaGen has no setting 'num_iter'"):
+        grid("pizza", num_iter=3)
+    with pytest.raises(TypeError, match="MAR has no setting 'top_k'"):
+        latent("pizza", top_k=3)
+    with pytest.raises(TypeError, match="accelerator must be a StepAnnealing, got int"):
+        latent("pizza", accelerator=3)
+
+
+def test_edits_that_cannot_be(grid: ARImagePipeline, ordered: ARImagePipeline) -> None:
+    image = np.zeros((16, 16, 3), np.uint8)
+    with pytest.raises(ValueError, match="touches no token"):
+        grid.inpaint(image, np.zeros((16, 16), bool), "pizza")
+    with pytest.raises(ValueError, match=r"size \(16, 16\), got \(8, 8\)"):
+        grid.inpaint(image, np.ones((8, 8), bool), "pizza")
+    with pytest.raises(ValueError, match="begin at the same token"):
+        masks = [halves(slice(0, 4), slice(0, 4)), halves(slice(8, 9), slice(0, 4))]
+        grid.inpaint([image, image], masks, ["pizza", "pizza"])
+    with pytest.raises(ValueError, match="1 prompts or labels for 2 images"):
+        grid.inpaint([image, image], np.ones((16, 16), bool), "pizza")
+    with pytest.raises(ValueError, match="use inpaint"):
+        grid.vary(image, 2, "pizza")
+    with pytest.raises(ValueError, match="use vary"):
+        ordered.inpaint(image, np.ones((16, 16), bool), "pizza")
+    with pytest.raises(ValueError, match="num_kept_tokens must be 0 to 7, got 8"):
+        ordered.vary(image, 8, "pizza")
 
 
 @pytest.mark.parametrize(

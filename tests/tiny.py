@@ -140,7 +140,24 @@ def tiny_pipeline(image_tokenizer: ImageTokenizer | None = None, condition: str 
         num_condition_tokens=CONDITION_TOKENS if condition == "text" else 1,
         positions="learned",
     )
-    pipeline = ARImagePipeline(randomised(transformer), image_tokenizer, text_encoder, captions, guidance_scale=2.0)
+    presets = {"default": {"guidance_scale": 2.0}}
+    pipeline = ARImagePipeline(randomised(transformer), image_tokenizer, text_encoder, captions, presets)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_latent_pipeline(transformer: Any = None) -> ARImagePipeline:
+    """A pipeline with random weights over the latents of `tiny_vae`: a text-conditional MAR, or another generator."""
+    captions = caption_tokenizer()
+    torch.manual_seed(1)
+    text_encoder = tiny_text_encoder(len(captions), dim=16, num_layers=1).eval()
+    if transformer is None:
+        sizes = {"grid_size": 8, "patch_size": 2, "latent_channels": 4, "buffer_size": CONDITION_TOKENS}
+        transformer = tiny_mar(**sizes, condition="text", num_classes=None, caption_dim=16)
+    # Without timesteps near pure noise, where a random head divides by almost nothing.
+    calm = {"upper": 4, "lower": 4, "strategy": "constant"}
+    presets = {"default": {"annealing": calm, "guidance_scale": 2.0}} if isinstance(transformer, MAR) else None
+    pipeline = ARImagePipeline(transformer.eval(), tiny_vae(), text_encoder, captions, presets)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

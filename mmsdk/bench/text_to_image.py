@@ -153,7 +153,7 @@ def prompt_fits(pipeline: ARImagePipeline, prompt: str) -> bool:
     """Return whether `pipeline` reads the whole of `prompt`."""
     # Not verbose: the tokenizer would warn of the very prompts that are left out here.
     count = len(pipeline.tokenizer(prompt, verbose=False)["input_ids"])
-    return count <= pipeline.transformer.config.num_condition_tokens
+    return count <= pipeline.transformer.prompt_length
 
 
 def _reference(

@@ -39,7 +39,7 @@ library_name: mmsdk
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """One folder below `weights/`: the recipe that made it, what its card says, and a pipeline's sampling defaults."""
+    """One folder below `weights/`: the recipe that made it, what its card says, what its configuration gets."""
 
     folder: str
     recipe: str
@@ -48,7 +48,7 @@ class EmbeddedModel:
     text: str
     data: str
     limits: str = "64 x 64 pixels; emoji and flat illustrations only. Not for photographs."
-    defaults: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 MODELS = (
@@ -59,7 +59,7 @@ MODELS = (
         "emoji-64: text to image over grid tokens",
         "LlamaGen over an 8 x 8 grid of VQ tokens (codebook 4096), with a small T5 encoder trained along.",
         "the noto, twemoji and fluent flat sets for the generator, all seven sets for the tokenizer",
-        defaults={"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50},
+        settings={"presets": {"default": {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50}}},
     ),
     EmbeddedModel(
         "emoji-64-1d",
@@ -68,7 +68,7 @@ MODELS = (
         "emoji-64-1d: text to image over One-D-Piece tokens",
         "LlamaGen over the tokens of a One-D-Piece tokenizer (64, codebook 4096): it can stop after any of them.",
         "the noto, twemoji and fluent flat sets for the generator, all seven sets for the tokenizer",
-        defaults={"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50},
+        settings={"presets": {"default": {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50}}},
     ),
     EmbeddedModel(
         "emoji-64-vae",
@@ -180,8 +180,8 @@ def embed(run: Path, model: EmbeddedModel, weights: Path = WEIGHTS_FOLDER) -> Pa
     target = weights / model.folder
     loaded = _finished(run, model)
     shutil.rmtree(target, ignore_errors=True)
-    if model.defaults:
-        loaded.register_to_config(**model.defaults)
+    if model.settings:
+        loaded.register_to_config(**model.settings)
     if model.component == "vlm":
         loaded, processor = loaded
         processor.save_pretrained(target)
