@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _FEW_ROWS = 4
@@ -33,3 +34,18 @@ class Linear(nn.Linear):
         # One column would become a matrix-vector product, which is slow again.
         output = (self.weight @ (columns.expand(-1, 2) if rows == 1 else columns))[:, :rows].t().contiguous()
         return output.reshape(*input.shape[:-1], self.out_features)
+
+
+class MLP(nn.Module):
+    """Two layers with a GELU between them."""
+
+    def __init__(self, width: int, intermediate_size: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, width)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(..., width)` to the same shape."""
+        hidden = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        return F.dropout(self.fc2(hidden), self.dropout, self.training)

@@ -22,6 +22,7 @@ from generators.base import LatentGenerator, Trace
 from generators.guidance import Guidance, LinearGuidance
 from generators.heads.diffusion import SAMPLERS, DiffusionHead, DiffusionPlan
 from generators.heads.flow import NoiseStream, check_labels, check_noise
+from generators.layers import MLP
 from generators.llamagen import CaptionProjection
 from generators.orders import OrderStep, RandomCosineMask
 from mmsdk.errors import CheckpointError, unknown_name
@@ -108,21 +109,6 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         return F.dropout(self.proj(attended.transpose(1, 2).flatten(2)), self.projection_dropout, self.training)
-
-
-class MLP(nn.Module):
-    """Two layers with a GELU between them."""
-
-    def __init__(self, width: int, intermediate_size: int, dropout: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, intermediate_size)
-        self.fc2 = nn.Linear(intermediate_size, width)
-        self.dropout = dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(..., width)` to the same shape."""
-        hidden = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
-        return F.dropout(self.fc2(hidden), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -386,6 +372,46 @@ class MaskedTransformer(LatentGenerator, PretrainedModel):
         hidden = self.decoder_blocks[-1](hidden, size + positions)
         return self.decoder_norm(hidden) + self.diffusion_pos_embed_learned[0][positions]
 
+    # ------------------------------------------------------------------------------------------------ training
+
+    def draw_mask(self, batch: int, generator: Generator) -> Tensor:
+        """Draw which tokens to mask in training, bool `(batch, num_tokens)`, as many in every row.
+
+        Their share is 1 at most, normally distributed around it with standard deviation 0.25, and not below
+        `mask_ratio_min`.
+        """
+        least = torch.tensor((self.config.mask_ratio_min - 1) / _MASK_RATIO_STD, dtype=torch.float64)
+        low = float(torch.special.ndtr(least))
+        uniform = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device).cpu()
+        ratio = 1 + _MASK_RATIO_STD * float(torch.special.ndtri(low + (0.5 - low) * uniform))
+        count = min(self.num_tokens, math.ceil(self.num_tokens * ratio))
+        ranks = torch.rand(batch, self.num_tokens, generator=generator, device=generator.device).argsort(-1)
+        return ranks < count
+
+    def masked_features(
+        self, tokens: Tensor, condition: Tensor, mask: Tensor | None, generator: Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the mask `(batch, num_tokens)`, masked positions `(batch, n)`, and `z` of these.
+
+        Args:
+            tokens: `(batch, num_tokens, token_dim)`.
+            condition: `(batch, buffer_size, width)`.
+            mask: bool `(num_tokens,)` or `(batch, num_tokens)`, as many in every row; drawn by default.
+            generator: draws the mask.
+
+        Raises:
+            TypeError: the mask is not bool.
+            ValueError: a shape is wrong, or the mask masks nothing or not as many in every row.
+        """
+        _check_batch(len(condition), len(tokens))
+        if mask is None:
+            mask = self.draw_mask(len(tokens), generator).to(tokens.device)
+        positions = masked_positions(mask, len(tokens), self.num_tokens).to(tokens.device)
+        mask = mask.expand(len(tokens), -1)
+        known = (~mask).nonzero()[:, 1].view(len(tokens), -1)
+        z = self.decode(self.encode(gather_positions(tokens, known), known, condition), known, positions)
+        return mask, positions, z
+
     # ------------------------------------------------------------------------------------------------ generation
 
     def generation_condition(
@@ -586,20 +612,6 @@ class MAR(MaskedTransformer):
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def draw_mask(self, batch: int, generator: Generator) -> Tensor:
-        """Draw which tokens to mask in training, bool `(batch, num_tokens)`, as many in every row.
-
-        Their share is 1 at most, normally distributed around it with standard deviation 0.25, and not below
-        `mask_ratio_min`.
-        """
-        least = torch.tensor((self.config.mask_ratio_min - 1) / _MASK_RATIO_STD, dtype=torch.float64)
-        low = float(torch.special.ndtr(least))
-        uniform = torch.rand((), generator=generator, dtype=torch.float64, device=generator.device).cpu()
-        ratio = 1 + _MASK_RATIO_STD * float(torch.special.ndtri(low + (0.5 - low) * uniform))
-        count = min(self.num_tokens, math.ceil(self.num_tokens * ratio))
-        ranks = torch.rand(batch, self.num_tokens, generator=generator, device=generator.device).argsort(-1)
-        return ranks < count
-
     def forward(
         self,
         latents: Tensor,
@@ -631,13 +643,7 @@ class MAR(MaskedTransformer):
             generator = Generator()
             generator.seed()
         condition = self.embed_condition(class_labels, caption_features, caption_mask, drop_condition)
-        _check_batch(len(condition), len(tokens))
-        if mask is None:
-            mask = self.draw_mask(len(tokens), generator).to(tokens.device)
-        positions = masked_positions(mask, len(tokens), self.num_tokens).to(tokens.device)
-        mask = mask.expand(len(tokens), -1)
-        known = (~mask).nonzero()[:, 1].view(len(tokens), -1)
-        z = self.decode(self.encode(gather_positions(tokens, known), known, condition), known, positions)
+        mask, positions, z = self.masked_features(tokens, condition, mask, generator)
         copies = (self.config.diffusion_batch_mul, 1)
         target = gather_positions(tokens, positions).flatten(0, 1)
         loss = self.diffloss.loss(z.flatten(0, 1).repeat(copies), target.repeat(copies), generator).mean()

@@ -464,7 +464,7 @@ def test_families_are_guessed_from_keys_and_shapes() -> None:
 def test_inspect_refuses(fail: Run, photo: Path) -> None:
     assert "Unknown file or model" in fail("inspect", "nothing")
     assert "neither a token file (.tok) nor a checkpoint" in fail("inspect", photo)
-    Path("a.tok").write_bytes(b"\x89T\x01nonsense")
+    Path("a.tok").write_bytes(b"\x89T\x01\x00\x00nonsense")
     assert "a.tok: The token stream is damaged" in fail("inspect", "a.tok")
     Path("a.safetensors").write_bytes(b"nonsense")
     assert "Cannot read the checkpoint 'a.safetensors'" in fail("inspect", "a.safetensors")
