@@ -174,6 +174,7 @@ class MaskedTransformer(LatentGenerator, PretrainedModel):
         caption_dim: int | None,
         buffer_size: int,
         dropouts: tuple[float, float],
+        mask_ratio_min: float,
     ) -> None:
         for name, shape in (("encoder_shape", encoder_shape), ("decoder_shape", decoder_shape)):
             if len(shape) != 3 or min(shape) < 1 or shape[0] % shape[2]:
@@ -184,6 +185,8 @@ class MaskedTransformer(LatentGenerator, PretrainedModel):
         for name, size in (("latent_channels", latent_channels), ("buffer_size", buffer_size)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
+        if not 0 < mask_ratio_min <= 1:
+            raise ValueError(f"mask_ratio_min must be above 0 and at most 1, got {mask_ratio_min}.")
         if patch_size < 1 or grid_size < patch_size or grid_size % patch_size:
             raise ValueError(f"patch_size must divide grid_size, got {patch_size} and {grid_size}.")
         self.token_dim = latent_channels * patch_size**2
@@ -227,6 +230,31 @@ class MaskedTransformer(LatentGenerator, PretrainedModel):
                 nn.init.normal_(module.weight, std=_INIT_STD)
         for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=_INIT_STD)
+
+    @classmethod
+    def _infer_head(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Read from the shapes what they tell of the head; errors of the lookup mean that it is another model's."""
+        raise NotImplementedError
+
+    @classmethod
+    def _from_published(cls, state_dict: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Any:
+        """Build the model of a state dict with this class's keys; `config` goes before what the shapes tell."""
+        given = dict(config or {})
+        try:
+            values = _infer_backbone(state_dict, given.get("patch_size", 1)) | cls._infer_head(state_dict) | given
+        except (KeyError, ValueError, IndexError) as error:
+            raise CheckpointError(
+                f"This is no {cls.__name__} checkpoint: {error} is missing or has no fitting shape."
+            ) from error
+        for name in ("encoder_shape", "decoder_shape", "head_shape"):
+            if name not in values:
+                raise CheckpointError(
+                    f"The checkpoint does not tell the number of heads; pass it: config={{'{name}': "
+                    "(width, layers, heads)}."
+                )
+        model = cls(**values)
+        load_into(model, state_dict)
+        return model.eval()
 
     # ------------------------------------------------------------------------------------------------ tokens
 
@@ -555,15 +583,13 @@ class MAR(MaskedTransformer):
         diffusion_batch_mul: int = 4,
     ) -> None:
         super().__init__()
-        if not 0 < mask_ratio_min <= 1:
-            raise ValueError(f"mask_ratio_min must be above 0 and at most 1, got {mask_ratio_min}.")
         if diffusion_batch_mul < 1:
             raise ValueError(f"diffusion_batch_mul must be at least 1, got {diffusion_batch_mul}.")
         if len(head_shape) != 2:
             raise ValueError(f"head_shape must be width and depth, got {tuple(head_shape)}.")
         self._build(
             grid_size, patch_size, latent_channels, encoder_shape, decoder_shape, mlp_ratio, condition, num_classes,
-            caption_dim, buffer_size, (attention_dropout, projection_dropout),
+            caption_dim, buffer_size, (attention_dropout, projection_dropout), mask_ratio_min,
         )  # fmt: skip
         self.diffloss = DiffusionHead(self.token_dim, decoder_shape[0], *head_shape)
 
@@ -597,18 +623,12 @@ class MAR(MaskedTransformer):
         Raises:
             CheckpointError: keys or shapes do not fit, or a value is neither given nor told.
         """
-        state_dict = load_original(checkpoint)
-        given = dict(config or {})
-        values = _infer_config(state_dict, given.get("patch_size", 1)) | given
-        for name in ("encoder_shape", "decoder_shape"):
-            if name not in values:
-                raise CheckpointError(
-                    f"The checkpoint does not tell the number of heads; pass it: config={{'{name}': "
-                    "(width, layers, heads)}."
-                )
-        model = cls(**values)
-        load_into(model, state_dict)
-        return model.eval()
+        return cls._from_published(load_original(checkpoint), config)
+
+    @classmethod
+    def _infer_head(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        depth = count_blocks(state_dict, "diffloss.net.res_blocks.")
+        return {"head_shape": (state_dict["diffloss.net.input_proj.weight"].shape[0], depth)}
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -828,29 +848,32 @@ def _check_batch(conditions: int, latents: int) -> None:
         raise ValueError(f"Got {conditions} conditions for {latents} latents.")
 
 
-def _infer_config(state_dict: Mapping[str, Tensor], patch_size: int) -> dict[str, Any]:
+def count_blocks(state_dict: Mapping[str, Tensor], prefix: str) -> int:
+    """Return how many blocks have keys `<prefix><index>...`.
+
+    Raises:
+        KeyError: none has.
+    """
+    indices = [int(key.removeprefix(prefix).split(".")[0]) for key in state_dict if key.startswith(prefix)]
+    if not indices:
+        raise KeyError(prefix)
+    return 1 + max(indices)
+
+
+def _infer_backbone(state_dict: Mapping[str, Tensor], patch_size: int) -> dict[str, Any]:
     """Read from the shapes what they tell; numbers of heads are those of the published model of the same width."""
     heads = {shape[0]: shape[2] for shape in (preset["encoder_shape"] for preset in PRESETS.values())}
-    try:
-        width, token_dim = state_dict["z_proj.weight"].shape
-        num_tokens = state_dict["diffusion_pos_embed_learned"].shape[1]
-        head_width = state_dict["diffloss.net.input_proj.weight"].shape[0]
-        depths = {
-            prefix: 1 + max(int(key.split(prefix)[1].split(".")[0]) for key in state_dict if key.startswith(prefix))
-            for prefix in ("encoder_blocks.", "decoder_blocks.", "diffloss.net.res_blocks.")
-        }
-        config: dict[str, Any] = {
-            "grid_size": math.isqrt(num_tokens) * patch_size,
-            "latent_channels": token_dim // patch_size**2,
-            "buffer_size": state_dict["encoder_pos_embed_learned"].shape[1] - num_tokens,
-            "head_shape": (head_width, depths["diffloss.net.res_blocks."]),
-            "mlp_ratio": state_dict["encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
-            "num_classes": state_dict["class_emb.weight"].shape[0],
-        }
-        widths = {"encoder": width, "decoder": state_dict["decoder_embed.weight"].shape[0]}
-    except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(f"This is no MAR checkpoint: {error} is missing or has no fitting shape.") from error
-    for part, size in widths.items():
+    width, token_dim = state_dict["z_proj.weight"].shape
+    num_tokens = state_dict["diffusion_pos_embed_learned"].shape[1]
+    config: dict[str, Any] = {
+        "grid_size": math.isqrt(num_tokens) * patch_size,
+        "latent_channels": token_dim // patch_size**2,
+        "buffer_size": state_dict["encoder_pos_embed_learned"].shape[1] - num_tokens,
+        "mlp_ratio": state_dict["encoder_blocks.0.mlp.fc1.weight"].shape[0] / width,
+        "num_classes": state_dict["class_emb.weight"].shape[0],
+    }
+    for part, size in (("encoder", width), ("decoder", state_dict["decoder_embed.weight"].shape[0])):
+        depth = count_blocks(state_dict, f"{part}_blocks.")
         if size in heads:
-            config[f"{part}_shape"] = (size, depths[f"{part}_blocks."], heads[size])
+            config[f"{part}_shape"] = (size, depth, heads[size])
     return config

@@ -16,6 +16,7 @@ from PIL import Image
 
 import mmsdk.bench
 from generators import llamagen as llamagen_model
+from generators.annealing import StepAnnealing
 from mmsdk.bench import llamagen as llamagen_bench
 from mmsdk.bench.evaluator import Evaluator
 from mmsdk.bench.llamagen import PlainLoop
@@ -27,10 +28,10 @@ from mmsdk.errors import DataError, MMSDKError, UnknownNameError
 from mmsdk.tokens import ImageTokens
 from mmsdk.training.tokenizer_recipes import psnr
 from tests.test_llamagen import make_condition, make_model
-from tests.tiny import tiny_one_d_piece, tiny_pipeline, tiny_vq
+from tests.tiny import tiny_flextok, tiny_latent_pipeline, tiny_one_d_piece, tiny_pipeline, tiny_vq
 from tokenizers_img.one_d_piece import OneDPiece
 
-HELPERS = {"measure", "runner", "evaluator", "figures"}
+HELPERS = {"measure", "runner", "evaluator", "figures", "prompts"}
 SPLITS = {"train": 24, "pair": 8, "test": 8}
 LABELS = [a + b for a in "abcdefgh" for b in "aeiou"]
 
@@ -52,8 +53,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     tiny_pipeline().save_pretrained(root / "grid")
     tiny_pipeline(tiny_one_d_piece()).save_pretrained(root / "ordered")
     tiny_pipeline(condition="class").save_pretrained(root / "class")
+    tiny_latent_pipeline().save_pretrained(root / "latent")
     tiny_vq().save_pretrained(root / "vq")
     tiny_one_d_piece().save_pretrained(root / "one_d_piece")
+    tiny_flextok().save_pretrained(root / "flextok")
     tokenizer = train_caption_tokenizer([f"{label} noto" for label in LABELS], 200, 8)
     torch.manual_seed(0)
     judge = Evaluator(len(tokenizer), 16, 1, 2, 16, max_prompt_tokens=8)
@@ -211,8 +214,8 @@ def test_tokens(folders: dict[str, str]) -> None:
 
 def test_reconstruction_without_an_evaluator(folders: dict[str, str], tmp_path: Path) -> None:
     result = run_benchmark(
-        "reconstruction", one_d_piece=folders["one_d_piece"], vq=folders["vq"], evaluator=None, counts=[1, 2, 8, 64],
-        batch_size=3, sheet_images=2, cache_dir=folders["cache"], output_dir=tmp_path / "plots",
+        "reconstruction", one_d_piece=folders["one_d_piece"], flextok=None, vq=folders["vq"], evaluator=None,
+        counts=[1, 2, 8, 64], batch_size=3, sheet_images=2, cache_dir=folders["cache"], output_dir=tmp_path / "plots",
     )  # fmt: skip
     names = [row[:2] for row in result.rows]
     assert names == [["real images", None], ["one_d_piece", 1], ["one_d_piece", 2], ["one_d_piece", 8], ["vq", 16]]
@@ -230,14 +233,15 @@ def test_reconstruction_is_judged_beside_real_images(
     needs_network: None, folders: dict[str, str], tmp_path: Path
 ) -> None:
     result = run_benchmark(
-        "reconstruction", one_d_piece=None, vq=folders["vq"], evaluator=folders["evaluator"],
-        cache_dir=folders["cache"], num_images=6,
+        "reconstruction", one_d_piece=None, flextok=folders["flextok"], vq=folders["vq"],
+        evaluator=folders["evaluator"], cache_dir=folders["cache"], counts=[1, 4], num_images=6, output_dir=tmp_path,
     )  # fmt: skip
+    assert [row[:2] for row in result.rows] == [["real images", None], ["flextok", 1], ["flextok", 4], ["vq", 16]]
     assert result.value("FD", images="real images") == pytest.approx(0.0, abs=1e-6)
     assert result.value("FD", images="vq") > 0.1
     assert 0 <= result.value("top-1", images="vq") <= result.value("top-5", images="vq") <= 1
     assert "among 6 prompts" in result.notes[1]
-    assert result.figures == []
+    assert [p.name for p in result.figures][2:] == ["reconstruction-fd.png"]
 
 
 # ---------------------------------------------------------------- text to image
@@ -283,3 +287,56 @@ def test_ratio_is_to_reconstructions(needs_network: None, folders: dict[str, str
     expected = drawn["top-1"] / ceiling["top-1"] if ceiling["top-1"] else None
     assert drawn["of recon."] == expected
     assert by_label["real images"]["of recon."] is None
+
+
+# ---------------------------------------------------------------- generators
+
+
+def test_generators_are_compared_on_the_same_prompts(
+    needs_network: None, folders: dict[str, str], tmp_path: Path
+) -> None:
+    models = [folders["grid"], folders["ordered"], folders["latent"]]
+    result = run_benchmark(
+        "generators", models=models, num_prompts=6, styles=["noto"], evaluator=folders["evaluator"], batch_size=3,
+        cache_dir=folders["cache"], sheet_images=2, output_dir=tmp_path,
+    )  # fmt: skip
+    assert [row[0] for row in result.rows] == ["real images", *models]
+    assert result.value("tokens", model=folders["latent"]) == 16
+    assert result.value("forwards", model=folders["grid"]) == 16
+    assert result.value("forwards", model=folders["ordered"]) == 8
+    assert all(result.value("GFLOP", model=model) > 0 for model in models)
+    assert [p.name for p in result.figures] == ["generators.png"]
+
+
+def test_prefixes_are_measured_one_by_one(needs_network: None, folders: dict[str, str], tmp_path: Path) -> None:
+    arguments = {"num_prompts": 4, "styles": ["noto"], "evaluator": folders["evaluator"]}
+    arguments |= {"cache_dir": folders["cache"], "sheet_images": 2}
+    result = run_benchmark(
+        "prefix", models=[folders["ordered"]], counts=[1, 4, 8, 16], **arguments, output_dir=tmp_path
+    )
+    assert [row[1] for row in result.rows] == [None, 1, 4, 8]
+    assert [p.name for p in result.figures] == ["prefix-ordered.png", "prefix-top-5.png", "prefix-fd.png"]
+    with pytest.raises(ValueError, match="tokens of VQ, which are not ordered"):
+        run_benchmark("prefix", models=[folders["grid"]], **arguments)
+
+
+def test_disa_counts_the_published_steps(needs_network: None, folders: dict[str, str], tmp_path: Path) -> None:
+    result = run_benchmark(
+        "disa", model=folders["latent"], num_iter=4, num_prompts=4, styles=["noto"], evaluator=folders["evaluator"],
+        cache_dir=folders["cache"], sheet_images=2, output_dir=tmp_path,
+    )  # fmt: skip
+    # 100 steps become 96 and 50 become 48 below timestep 950.
+    assert result.value("head steps", schedule="constant 100") == 4 * 96
+    executed = [len(StepAnnealing(50, 5).timesteps(i, 4)) for i in range(4)]
+    assert result.value("head steps", schedule="DiSA linear 50 to 5") == sum(executed)
+    assert executed[0] == 48
+    assert result.value("head ratio", schedule="DiSA linear 50 to 5") > 1
+    assert [p.name for p in result.figures] == ["disa.png"]
+
+
+def test_mar_equals_the_published_loop() -> None:
+    result = run_benchmark("mar", num_iter=2, num_steps=3, batch_sizes=[1, 2], repeats=1)
+    assert [row[0] for row in result.rows] == [1, 2]
+    assert all(0 < row[4] < 1e-4 for row in result.rows)
+    # 256 tokens and as many unconditional rows, in each of 3 steps.
+    assert result.value("head rows", batch=1) == 2 * 256 * 3

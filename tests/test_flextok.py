@@ -173,7 +173,18 @@ def test_without_guidance_both_kinds_agree_and_scale_zero_forgets_the_tokens() -
     assert not torch.allclose(*guided, atol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, -1, "x", None, [2.0], lambda t: math.nan, lambda t: 0.9 - t])
+def test_the_configuration_sets_the_guidance() -> None:
+    model = tiny_flextok()
+    tokens = random_tokens(model, [4])
+    assert torch.equal(model.decode(tokens).images, model.decode(tokens, guidance_scale=7.5).images)
+    model.register_to_config(guidance_scale=1.5)
+    tokens = random_tokens(model, [4])
+    assert torch.equal(model.decode(tokens).images, model.decode(tokens, guidance_scale=1.5).images)
+    with pytest.raises(ValueError, match="guidance_scale must be finite"):
+        FlexTok(guidance_scale=-1.0)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -1, "x", [2.0], lambda t: math.nan, lambda t: 0.9 - t])
 def test_guidance_scales_that_make_no_sense(scale: Any) -> None:
     model = tiny_flextok()
     with pytest.raises(ValueError, match="guidance_scale must be finite and at least 0, got"):

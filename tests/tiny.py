@@ -12,6 +12,7 @@ from generators.flowar import FlowAR
 from generators.llamagen import LlamaGen
 from generators.mar import MAR
 from generators.pipelines import ARImagePipeline
+from generators.tokenbridge_ar import TokenBridgeAR
 from generators.xar import XAR
 from mmsdk.data.captions import train_caption_tokenizer
 from mmsdk.training.generator_recipes import tiny_text_encoder
@@ -183,6 +184,19 @@ def tiny_mar(seed: int = 0, std: float = 0.2, **overrides: Any) -> MAR:
     if overrides.get("condition") == "text":
         sizes |= {"num_classes": None, "caption_dim": 6}
     return _scattered(MAR(**(sizes | overrides)), seed, std)
+
+
+def tiny_tokenbridge_ar(seed: int = 0, std: float = 0.3, **overrides: Any) -> TokenBridgeAR:
+    """4 x 4 tokens of 3 indices of 3 bits, 5 classes or captions of 6 features, which matter; no layer is zero."""
+    sizes: dict[str, Any] = {"grid_size": 4, "latent_channels": 3, "encoder_shape": (16, 1, 2), "bits": 3}
+    sizes |= {"decoder_shape": (24, 2, 2), "head_shape": (16, 2, 2), "channel_order": (2, 0, 1), "buffer_size": 3}
+    kinds = {"class": {"num_classes": 5}, "text": {"num_classes": None, "caption_dim": 6}}
+    sizes |= kinds[overrides.get("condition", "class")]
+    model = _scattered(TokenBridgeAR(**(sizes | overrides)), seed, std)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm) and module.elementwise_affine:
+            torch.nn.init.normal_(module.weight, mean=1.0, std=std)  # around 0, they would hide the condition
+    return model
 
 
 def _scattered(model: Any, seed: int, std: float) -> Any:

@@ -513,6 +513,7 @@ class FlexTok(ImageTokenizer):
         encoder_positions: positional embeddings of the encoder's patches, `sincos` or `learnable_sum`.
         decoder_positions: the same of the decoder's.
         max_timestep: the time embedding multiplies the time, from 0 to 1, by `1000 / max_timestep`.
+        guidance_scale: default of `decode`.
 
     Raises:
         ValueError: sizes do not fit each other.
@@ -537,6 +538,7 @@ class FlexTok(ImageTokenizer):
         encoder_positions: str = "sincos",
         decoder_positions: str = "sincos",
         max_timestep: float = 1.0,
+        guidance_scale: float = 7.5,
     ) -> None:
         super().__init__()
         # Read from the class when loading. Here it would only make `to` warn of a cast that `_apply` prevents.
@@ -548,6 +550,7 @@ class FlexTok(ImageTokenizer):
             raise ValueError(f"num_registers must be at least 1, got {num_registers}.")
         if not 0 < max_timestep < math.inf:
             raise ValueError(f"max_timestep must be a positive number, got {max_timestep}.")
+        _checked_scale(guidance_scale)
         encoding, decoding = _shape("encoder_shape", encoder_shape), _shape("decoder_shape", decoder_shape)
         self.quantize = FSQ(fsq_levels)
         vae = as_vae(PUBLISHED_VAE if vae_config is None else vae_config)
@@ -651,7 +654,7 @@ class FlexTok(ImageTokenizer):
         *,
         noise: Tensor | None = None,
         num_inference_steps: int = 20,
-        guidance_scale: float | Callable[[float], float] = 7.5,
+        guidance_scale: float | Callable[[float], float] | None = None,
         guidance: str = "apg",
     ) -> ImageTokenizerOutput:
         """Draw images `(batch, 3, image_size, image_size)` in [0, 1] that the tokens describe.
@@ -664,7 +667,7 @@ class FlexTok(ImageTokenizer):
             noise: the noise itself, `(batch, channels, h, w)` in latents.
             num_inference_steps: Euler steps.
             guidance_scale: how much to follow the tokens, a number or a function of the time, which runs from 1 (noise)
-                towards 0. Where it is 1, the unconditional pass is left out.
+                towards 0; that of the configuration by default. Where it is 1, the unconditional pass is left out.
             guidance: `apg` (adaptive projected guidance, without the oversaturation of large scales) or `cfg`
                 (classifier-free guidance).
 
@@ -733,7 +736,7 @@ class FlexTok(ImageTokenizer):
         lengths: Tensor,
         noise: Tensor,
         num_inference_steps: int = 20,
-        guidance_scale: float | Callable[[float], float] = 7.5,
+        guidance_scale: float | Callable[[float], float] | None = None,
         guidance: str = "apg",
     ) -> Tensor:
         """Integrate the flow from noise to latents, with Euler steps in float32.
@@ -757,6 +760,8 @@ class FlexTok(ImageTokenizer):
             raise unknown_name("guidance", str(guidance), list(GUIDANCE_KINDS))
         if not isinstance(num_inference_steps, int) or isinstance(num_inference_steps, bool) or num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be an integer of at least 1, got {num_inference_steps!r}.")
+        if guidance_scale is None:
+            guidance_scale = self.config.guidance_scale
         times = [i / num_inference_steps for i in range(num_inference_steps, 0, -1)]
         scales = [_checked_scale(guidance_scale(t) if callable(guidance_scale) else guidance_scale) for t in times]
         network, dtype = self.flow_decoder, self.dtype

@@ -18,8 +18,8 @@ from generators.guidance import combine
 from generators.llamagen import LlamaGen, TransformerBlock, rotary_table
 from generators.pipelines import ARImagePipeline
 from mmsdk.bench.measure import interleaved
+from mmsdk.bench.prompts import prompt_fits
 from mmsdk.bench.runner import BenchResult
-from mmsdk.bench.text_to_image import prompt_fits
 from mmsdk.decoding.sampling import draw_uniforms, process_logits, sample_inverse_cdf
 from mmsdk.errors import MMSDKError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from mmsdk.data.emoji_vqa import QUESTIONS, EmojiScenes, Question
 from mmsdk.loading import PRUNERS, load_vlm, resolve
 
 TASKS = tuple(QUESTIONS)
+METHODS = (*PRUNERS, "fastv")
 
 
 def prune_accuracy(
     model: str = "emoji-vqa",
-    methods: Sequence[str] = PRUNERS,
+    methods: Sequence[str] = METHODS,
     keep_ratios: Sequence[float] = (0.5, 0.25, 0.125, 0.0625, 0.03, 0.02),
     questions: int = 528,
     batch_size: int = 12,
@@ -97,6 +99,7 @@ def prune_accuracy(
         notes=[
             f"Accuracy in percent; {questions // len(TASKS)} questions per task, each alone in its sequence.",
             "'another image' answers the same questions about scenes that they do not belong to.",
+            "Tokens are those of the language model's last layer; 'fastv' drops the others after its second one.",
         ],
         figures=figures,
     )
@@ -105,7 +108,7 @@ def prune_accuracy(
 def _answers(
     model: Any, processor: Any, images: Sequence[Any], questions: Sequence[Question], pruner: Any
 ) -> tuple[list[str], list[int]]:
-    """Return the answers' words, and how many visual tokens the language model saw of each image."""
+    """Return the answers' words, and how many visual tokens of each image the last layer of the language model saw."""
     messages = [
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
         for question in questions
@@ -113,9 +116,8 @@ def _answers(
     prompts = [processor.apply_chat_template(message, add_generation_prompt=True) for message in messages]
     inputs = dict(processor(images=list(images), text=prompts, padding=True, return_tensors="pt"))
     kept = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
-    if pruner is not None:
-        inputs = pruner.prepare(model, inputs)
-        kept = list(pruner.report.tokens_after)
-    with torch.inference_mode():
+    with torch.inference_mode(), nullcontext() if pruner is None else pruner(model):
         logits: Tensor = model(**inputs, logits_to_keep=1).logits[:, -1]
+    if pruner is not None:
+        kept = list(pruner.report.tokens_after)
     return processor.batch_decode(logits.argmax(-1, keepdim=True)), kept

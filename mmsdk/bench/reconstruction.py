@@ -22,6 +22,7 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 def reconstruction(
     one_d_piece: str | None = "emoji-64",
+    flextok: str | None = "emoji-64",
     vq: str | None = "emoji-64",
     evaluator: str | None = "emoji-64",
     counts: Sequence[int] = COUNTS,
@@ -38,6 +39,7 @@ def reconstruction(
 
     Args:
         one_d_piece: embedded name or folder of an ordered tokenizer; None leaves it out.
+        flextok: the same of one whose decoder draws what the tokens leave open.
         vq: embedded name or folder of a grid tokenizer; None leaves it out.
         evaluator: embedded name or folder; None measures PSNR only.
         counts: numbers of tokens; those above the tokenizer's own are left out.
@@ -69,23 +71,25 @@ def reconstruction(
     shown = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed + 1))[:sheet_images]
     sheet = {"original": images[shown]}
     series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+    distances: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
     notes = [
         f"{len(images)} images of the split {split!r}; PSNR is the mean over images, of 8-bit pixels.",
         f"Retrieval of `label, style` among {most} prompts (chance {1 / most:.3f}); FD: Frechet distance to the real "
         "images over EfficientNet-Lite0 features. Both compare within this table only.",
     ]
-    for name, source in (("one_d_piece", one_d_piece), ("vq", vq)):
+    for name, source in (("one_d_piece", one_d_piece), ("flextok", flextok), ("vq", vq)):
         if source is None:
             continue
         tokenizer: ImageTokenizer = resolve(name).from_pretrained(source).eval()
         wanted = [k for k in counts if k <= tokenizer.max_tokens] if tokenizer.ordered else [tokenizer.max_tokens]
-        scores = {}
+        scores, measured = {}, {}
         for count, (decoded, quality, size) in _reconstruct(tokenizer, images, wanted, batch_size).items():
             table.append([name, count, size, quality, *judged(decoded)])
-            scores[count] = quality
+            scores[count], measured[count] = quality, table[-1][-1]
             sheet[f"{name} {count}"] = decoded[shown]
         label = f"{name}, any prefix" if tokenizer.ordered else f"{name}, grid of {tokenizer.max_tokens}"
         series[label] = (list(scores), list(scores.values()))
+        distances[label] = (list(measured), list(measured.values()))
     figures = []
     if output_dir is not None:
         figures = [
@@ -99,6 +103,17 @@ def reconstruction(
             ),
             labelled_rows(sheet, output_dir / "reconstruction-samples.png"),
         ]
+        if judge is not None:
+            figures.append(
+                line_plot(
+                    distances,
+                    output_dir / "reconstruction-fd.png",
+                    "tokens",
+                    "Frechet distance to the real images",
+                    f"Reconstruction of {len(images)} images of the split {split!r}",
+                    log2_x=True,
+                )
+            )
     columns = ["images", "tokens", "bits", "PSNR", "top-1", "top-5", "FD"]
     return BenchResult("reconstruction", columns, table, notes, figures)
 

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from generators.annealing import StepAnnealing
+from generators.flextok_ar import FlexTokAR
 from generators.llamagen import LlamaGen
 from generators.mar import MAR
 from mmsdk.data.captions import MAX_PROMPT_TOKENS, train_caption_tokenizer
@@ -24,6 +26,7 @@ from mmsdk.tokens import ImageTokens
 from mmsdk.training.loop import Recipe, TrainingConfig
 from mmsdk.training.tokenizer_recipes import to_float
 from tokenizers_img.base import ImageTokenizer
+from tokenizers_img.flextok import FlexTok
 from tokenizers_img.one_d_piece import OneDPiece
 from tokenizers_img.vae import KLVAE
 from tokenizers_img.vq import VQ
@@ -219,11 +222,13 @@ class CausalRecipe(TextToImageRecipe):
 
     Attributes:
         num_tokens: tokens to learn (a prefix, for ordered tokenizers); None for all.
-        shape: sizes of the transformer.
+        transformer_class: class of the transformer.
+        shape: its sizes.
     """
 
     num_tokens: int | None = None
-    shape = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "multiple_of": 64}
+    transformer_class = LlamaGen
+    shape: dict[str, int] = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "multiple_of": 64}
     hidden_modules = ("layers", "cls_embedding")
 
     def tokenize(self, images: np.ndarray) -> Tensor:
@@ -233,7 +238,7 @@ class CausalRecipe(TextToImageRecipe):
 
     def build(self, caption_dim: int) -> LlamaGen:
         """Build a LlamaGen of these tokens."""
-        return LlamaGen(
+        return self.transformer_class(
             **self.shape,
             codebook_size=self.image_tokenizer.codebook_sizes[0],
             max_tokens=self.targets.shape[1],
@@ -301,6 +306,16 @@ class LlamaGen1DRecipe(CausalRecipe):
     default_steps = 8500
     tokenizer_class = OneDPiece
     num_tokens = 32
+
+
+class FlexTokARRecipe(CausalRecipe):
+    """FlexTok-AR over all FlexTok tokens: it can stop after any number of them, and the decoder fills in the rest."""
+
+    name = "flextok_ar"
+    default_steps = 5600
+    tokenizer_class = FlexTok
+    transformer_class = FlexTokAR
+    shape = {"hidden_size": 256, "num_layers": 5, "num_heads": 4, "intermediate_size": 1024}
 
 
 class MARRecipe(TextToImageRecipe):
@@ -376,7 +391,8 @@ class MARRecipe(TextToImageRecipe):
         ]
 
         def draw(**arguments: Any) -> Tensor:
-            latents = module.transformer.generate(num_iter=16, num_steps=25, guidance_scale=2.0, **arguments).latents
+            settings = {"num_iter": 16, "annealing": StepAnnealing(25, 25, "constant"), "guidance_scale": 2.0}
+            latents = module.transformer.generate(**settings, **arguments).latents
             return self.image_tokenizer.decode_latents(latents)
 
         self.write_samples(module, folder, draw)

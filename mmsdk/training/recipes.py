@@ -17,6 +17,7 @@ RECIPES: dict[str, str] = {
     "flextok": "mmsdk.training.tokenizer_recipes:FlexTokRecipe",
     "llamagen": "mmsdk.training.generator_recipes:LlamaGenRecipe",
     "llamagen_1d": "mmsdk.training.generator_recipes:LlamaGen1DRecipe",
+    "flextok_ar": "mmsdk.training.generator_recipes:FlexTokARRecipe",
     "mar": "mmsdk.training.generator_recipes:MARRecipe",
     "mar_draft": "mmsdk.training.generator_recipes:DraftMARRecipe",
     "evaluator": "mmsdk.training.evaluator_recipe:EvaluatorRecipe",

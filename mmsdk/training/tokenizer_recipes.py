@@ -392,13 +392,13 @@ class FlexTokRecipe(Recipe):
         align_weight: weight of that loss.
 
     Attributes:
-        token_fraction: share of the steps for the first stage.
+        token_steps: steps of the first stage.
         condition_dropout: share of images that are denoised without their tokens, for guidance.
         align_block: index of the decoder block whose patches are aligned, as published.
     """
 
     name = "flextok"
-    token_fraction = 0.45
+    token_steps = 2600
     condition_dropout = 0.1
     align_block = 1
 
@@ -413,7 +413,7 @@ class FlexTokRecipe(Recipe):
         self.align_with = align_with
         self.align_weight = align_weight
         self.config = config or TrainingConfig(
-            steps=5800,
+            steps=13000,
             batch_size=32,
             learning_rate=1e-3,
             muon_learning_rate=2e-3,
@@ -423,11 +423,11 @@ class FlexTokRecipe(Recipe):
             ema_decay=0.999,
             mixed_precision="bf16",
             checkpoint_every=200,
-            evaluate_every=5800,
+            evaluate_every=13000,
         )
 
     def _learns_tokens(self, step: int) -> bool:
-        return step < self.token_fraction * self.config.steps
+        return step < self.token_steps
 
     def setup(self) -> nn.Module:
         """Compute the latents of all images and their mirror images, and build the model around the trained VAE."""
