@@ -522,12 +522,16 @@ class ARImagePipeline(DiffusionPipeline):
         return _convert(self.image_tokenizer.decode(tokens).images, output_type)
 
     def _dequantize(self, tokens: ImageTokens) -> Tensor:
+        if hasattr(self.image_tokenizer, "dequantize_ids"):  # to the scale of the VAE
+            return self.image_tokenizer.dequantize_ids(tokens.token_ids).flatten(2).mT
         return self.image_tokenizer.quantize.dequantize(tokens.token_ids)
 
     def _done(self, result: Tensor) -> int | Tensor:
         """Return how many tokens there are, or where they are, bool `(batch, num_tokens)`."""
         if self.transformer.generates == "latents":
             return (result != 0).any(1).flatten(1)
+        if result.ndim == 3:  # ids of all positions, -1 where there is none yet
+            return (result >= 0).all(-1)
         return result.shape[1]
 
     def _partial(self, result: Tensor, done: int | Tensor) -> Tensor:
@@ -541,6 +545,8 @@ class ARImagePipeline(DiffusionPipeline):
         elif done.shape[1] != rows * columns:  # a coarser scale
             result = F.interpolate(result, size=(rows, columns))
             done = torch.ones(len(result), rows * columns, dtype=torch.bool, device=result.device)
+        elif result.ndim == 3:
+            result = result.clamp_min(0)
         images = self.image_tokenizer.decode(self._tokens(result)).images
         cells = done.view(-1, 1, rows, columns)
         cells = cells.repeat_interleave(images.shape[2] // rows, 2).repeat_interleave(images.shape[3] // columns, 3)

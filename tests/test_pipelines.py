@@ -16,7 +16,17 @@ from generators.guidance import LinearGuidance
 from generators.pipelines import ARImagePipeline
 from mmsdk.errors import CheckpointError, UnknownNameError
 from mmsdk.tokens import ImageTokens
-from tests.tiny import tiny_flowar, tiny_latent_pipeline, tiny_one_d_piece, tiny_pipeline, tiny_vq, tiny_xar
+from tests.tiny import (
+    CONDITION_TOKENS,
+    tiny_flowar,
+    tiny_latent_pipeline,
+    tiny_one_d_piece,
+    tiny_pipeline,
+    tiny_tokenbridge,
+    tiny_tokenbridge_ar,
+    tiny_vq,
+    tiny_xar,
+)
 
 
 def seeded(*seeds: int) -> list[torch.Generator]:
@@ -237,6 +247,30 @@ def test_class_conditional_generators_of_latents(generator: Any) -> None:
     assert torch.allclose(steps[-1].images, output.images[:1], atol=1e-4)
     with pytest.raises(ValueError, match="whole images"):
         pipeline.inpaint(output.images, np.ones((16, 16), bool), class_labels=[0, 1])
+
+
+def test_indices_of_latents(tmp_path: Path) -> None:
+    sizes = {"grid_size": 8, "patch_size": 2, "latent_channels": 4, "buffer_size": CONDITION_TOKENS, "bits": 4}
+    transformer = tiny_tokenbridge_ar(**sizes, condition="text", caption_dim=16, channel_order=None)
+    pipeline = tiny_latent_pipeline(transformer, tiny_tokenbridge())
+    pipeline.save_pretrained(tmp_path)
+    pipeline = ARImagePipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline("pizza", num_iter=4, guidance_scale=2.0, generator=seeded(1), output_type="pt")
+    assert output.tokens.token_ids.shape == (1, 64, 4)
+    steps = list(pipeline.stream("pizza", num_iter=4, guidance_scale=2.0, generator=seeded(1), output_type="pt"))
+    grey = [float((step.images == 0.5).all(1).float().mean()) for step in steps]
+    assert grey == pytest.approx([1 - step.num_tokens / 64 for step in steps])
+    assert torch.equal(steps[-1].images, output.images)
+    latents = pipeline("pizza", num_iter=4, guidance_scale=2.0, generator=seeded(1), output_type="latent").images
+    decoded = pipeline.image_tokenizer.vae.decode_latents(latents.mT.unflatten(2, (8, 8))).clamp(0, 1)
+    torch.testing.assert_close(decoded.detach(), output.images)
+    mask = halves(slice(0, 16), slice(8, 16))
+    edited = pipeline.inpaint(output.images, mask, "cat face", num_iter=2, generator=seeded(2)).tokens.token_ids
+    known = pipeline.image_tokenizer.encode(output.images).token_ids
+    left = torch.arange(64) % 8 < 4
+    assert torch.equal(edited[:, left], known[:, left])
+    assert not torch.equal(edited[:, ~left], known[:, ~left])
 
 
 # ---------------------------------------------------------------- editing

@@ -147,8 +147,13 @@ def tiny_pipeline(image_tokenizer: ImageTokenizer | None = None, condition: str 
     return pipeline
 
 
-def tiny_latent_pipeline(transformer: Any = None) -> ARImagePipeline:
-    """A pipeline with random weights over the latents of `tiny_vae`: a text-conditional MAR, or another generator."""
+def tiny_latent_pipeline(transformer: Any = None, image_tokenizer: ImageTokenizer | None = None) -> ARImagePipeline:
+    """A pipeline with random weights over `tiny_vae` or another tokenizer: a text-conditional MAR or another generator.
+
+    Args:
+        transformer: the generator.
+        image_tokenizer: decodes what it writes.
+    """
     captions = caption_tokenizer()
     torch.manual_seed(1)
     text_encoder = tiny_text_encoder(len(captions), dim=16, num_layers=1).eval()
@@ -158,7 +163,7 @@ def tiny_latent_pipeline(transformer: Any = None) -> ARImagePipeline:
     # Without timesteps near pure noise, where a random head divides by almost nothing.
     calm = {"upper": 4, "lower": 4, "strategy": "constant"}
     presets = {"default": {"annealing": calm, "guidance_scale": 2.0}} if isinstance(transformer, MAR) else None
-    pipeline = ARImagePipeline(transformer.eval(), tiny_vae(), text_encoder, captions, presets)
+    pipeline = ARImagePipeline(transformer.eval(), image_tokenizer or tiny_vae(), text_encoder, captions, presets)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

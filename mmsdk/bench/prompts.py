@@ -90,10 +90,10 @@ class PromptSet:
     def note(self) -> str:
         """What must be known to read the measurements."""
         return (
-            f"{len(self.prompts)} prompts `label, style` of the split {self.split!r}; retrieval among {self.candidates} "
-            f"of them (chance {1 / self.candidates:.3f}). FD: Frechet distance over EfficientNet-Lite0 features to "
-            f"{len(self._reference)} other training images of these styles. Compare within a split and a table only; "
-            "neither is a CLIP score or an FID."
+            f"{len(self.prompts)} prompts `label, style` of the split {self.split!r}; retrieval among "
+            f"{self.candidates} of them (chance {1 / self.candidates:.3f}). FD: Frechet distance over "
+            f"EfficientNet-Lite0 features to {len(self._reference)} other training images of these styles. Compare "
+            "within a split and a table only; neither is a CLIP score or an FID."
         )
 
     def judge(self, images: Tensor) -> Quality:

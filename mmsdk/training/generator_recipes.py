@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from generators.annealing import StepAnnealing
 from generators.flextok_ar import FlexTokAR
 from generators.llamagen import LlamaGen
 from generators.mar import MAR
+from generators.tokenbridge_ar import TokenBridgeAR
 from mmsdk.data.captions import MAX_PROMPT_TOKENS, train_caption_tokenizer
 from mmsdk.data.emoji import STYLES, EmojiDataset, EmojiRecord, caption_of
 from mmsdk.images import image_grid, tensor_to_pil
@@ -28,6 +31,7 @@ from mmsdk.training.tokenizer_recipes import to_float
 from tokenizers_img.base import ImageTokenizer
 from tokenizers_img.flextok import FlexTok
 from tokenizers_img.one_d_piece import OneDPiece
+from tokenizers_img.tokenbridge import TokenBridge
 from tokenizers_img.vae import KLVAE
 from tokenizers_img.vq import VQ
 
@@ -88,7 +92,9 @@ class TextToImageRecipe(Recipe):
 
     Attributes:
         default_steps: steps of the embedded model.
+        batch_size: images of a step.
         tokenizer_class: class of the image tokenizer.
+        tokenizer_options: configuration values to load it with.
         styles: image sets to learn; fewer are learned better in the same time.
         condition_dropout: share of captions that are dropped, for guidance.
         plain_captions: share of captions that are just "label, style", what people type most.
@@ -96,7 +102,9 @@ class TextToImageRecipe(Recipe):
     """
 
     default_steps: int
+    batch_size = 32
     tokenizer_class: type[ImageTokenizer]
+    tokenizer_options: Mapping[str, Any] = MappingProxyType({})
     styles: tuple[str, ...] = ("noto", "twemoji", "fluent flat")
     condition_dropout = 0.1
     plain_captions = 0.5
@@ -112,7 +120,7 @@ class TextToImageRecipe(Recipe):
         self.caption_tokenizer_source = caption_tokenizer
         self.config = config or TrainingConfig(
             steps=self.default_steps,
-            batch_size=32,
+            batch_size=self.batch_size,
             learning_rate=1.5e-3,
             muon_learning_rate=2e-3,
             weight_decay=0.02,
@@ -134,7 +142,9 @@ class TextToImageRecipe(Recipe):
 
     def setup(self) -> nn.Module:
         """Tokenize the images, learn the caption vocabulary, build the models."""
-        self.image_tokenizer: Any = self.tokenizer_class.from_pretrained(self.tokenizer_source).eval()
+        self.image_tokenizer: Any = self.tokenizer_class.from_pretrained(
+            self.tokenizer_source, **self.tokenizer_options
+        ).eval()
         train, pair = EmojiDataset("train", self.styles), EmojiDataset("pair", self.styles)
         self.records, self.pair_records = train.records, pair.records
         with torch.no_grad():
@@ -318,44 +328,41 @@ class FlexTokARRecipe(CausalRecipe):
     shape = {"hidden_size": 256, "num_layers": 5, "num_heads": 4, "intermediate_size": 1024}
 
 
-class MARRecipe(TextToImageRecipe):
-    """MAR over the latents of the embedded KL VAE, 2 x 2 of them to a token.
+class MaskedRecipe(TextToImageRecipe):
+    """A masked transformer over the latents of the embedded KL VAE, 2 x 2 of them to a token.
 
-    The diffusion loss alone tells the backbone little in a few thousand steps, since noised tokens tell the head much
-    of what the caption could. A linear layer therefore predicts the masked tokens from the same features, and is
-    thrown away after training.
+    The loss of the head alone tells the backbone little in a few thousand steps, since what the head sees of a token
+    tells it much of what the caption could. A linear layer therefore predicts the masked tokens from the same features,
+    and is thrown away after training.
 
     Attributes:
         shape: sizes of the transformer and its head.
         regression_weight: weight of the squared error of the linear prediction.
     """
 
-    name = "mar"
-    default_steps = 10000
-    tokenizer_class = KLVAE
-    shape = {"encoder_shape": (192, 4, 3), "decoder_shape": (192, 4, 3), "head_shape": (256, 3)}
+    shape: dict[str, Sequence[int]]
     regression_weight = 0.5
-    hidden_modules = ("encoder_blocks", "decoder_blocks", "cap_proj")
+    hidden_modules: tuple[str, ...] = ("encoder_blocks", "decoder_blocks", "cap_proj")
 
-    def tokenize(self, images: np.ndarray) -> Tensor:
-        """Return latents `(n, latent_channels, h, w)`."""
-        return self.image_tokenizer.encode_latents(to_float(torch.from_numpy(images)))
+    @abstractmethod
+    def draw(self, module: Any, **arguments: Any) -> Tensor:
+        """Generate images."""
 
-    def build(self, caption_dim: int) -> MAR:
-        """Build a MAR of these latents."""
-        return MAR(
+    def sizes(self, caption_dim: int) -> dict[str, Any]:
+        """Return the configuration of a transformer over these latents."""
+        return {
             **self.shape,
-            grid_size=self.image_tokenizer.grid[0],
-            patch_size=2,
-            latent_channels=self.image_tokenizer.latent_channels,
-            condition="text",
-            num_classes=None,
-            caption_dim=caption_dim,
-            buffer_size=MAX_PROMPT_TOKENS,
-            attention_dropout=0.0,
-            projection_dropout=0.0,
-            mask_ratio_min=0.2,
-        )
+            "grid_size": self.image_tokenizer.grid[0],
+            "patch_size": 2,
+            "latent_channels": self.targets.shape[1],
+            "condition": "text",
+            "num_classes": None,
+            "caption_dim": caption_dim,
+            "buffer_size": MAX_PROMPT_TOKENS,
+            "attention_dropout": 0.0,
+            "projection_dropout": 0.0,
+            "mask_ratio_min": 0.2,
+        }
 
     def setup(self) -> nn.Module:
         """Add the linear layer."""
@@ -368,7 +375,7 @@ class MARRecipe(TextToImageRecipe):
         return super().batch(step, rng) | {"seed": torch.tensor(rng.getrandbits(62))}
 
     def loss(self, module: Any, batch: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the diffusion head, and the squared error of the linear prediction."""
+        """Loss of the head, and the squared error of the linear prediction."""
         transformer, latents = module.transformer, batch["targets"]
         output = transformer(
             latents,
@@ -378,8 +385,10 @@ class MARRecipe(TextToImageRecipe):
         )
         tokens = transformer.to_tokens(latents)[output.mask]
         regression = (module.regression(output.hidden_states.flatten(0, 1)).float() - tokens).square().mean()
-        parts = {"diffusion": output.loss.detach(), "regression": regression.detach()}
-        return output.loss + self.regression_weight * regression, parts
+        return output.loss + self.regression_weight * regression, {
+            "head": output.loss.detach(),
+            "regression": regression.detach(),
+        }
 
     def evaluate(self, module: Any, folder: Path) -> dict[str, float]:
         """Loss of the head on unseen emoji x style pairs, and a sheet of samples."""
@@ -389,14 +398,58 @@ class MARRecipe(TextToImageRecipe):
             ).loss
             for latents, captions in self.pairs()
         ]
-
-        def draw(**arguments: Any) -> Tensor:
-            settings = {"num_iter": 16, "annealing": StepAnnealing(25, 25, "constant"), "guidance_scale": 2.0}
-            latents = module.transformer.generate(**settings, **arguments).latents
-            return self.image_tokenizer.decode_latents(latents)
-
-        self.write_samples(module, folder, draw)
+        self.write_samples(module, folder, partial(self.draw, module))
         return {"pair_loss": float(torch.stack(losses).mean())}
+
+
+class MARRecipe(MaskedRecipe):
+    """MAR with its diffusion head."""
+
+    name = "mar"
+    default_steps = 8000
+    tokenizer_class = KLVAE
+    shape = {"encoder_shape": (192, 4, 3), "decoder_shape": (192, 4, 3), "head_shape": (256, 3)}
+
+    def tokenize(self, images: np.ndarray) -> Tensor:
+        """Return latents `(n, latent_channels, h, w)`."""
+        return self.image_tokenizer.encode_latents(to_float(torch.from_numpy(images)))
+
+    def build(self, caption_dim: int) -> MAR:
+        """Build a MAR of these latents."""
+        return MAR(**self.sizes(caption_dim))
+
+    def draw(self, module: Any, **arguments: Any) -> Tensor:
+        """Generate images."""
+        annealing = StepAnnealing(25, 25, "constant")
+        latents = module.transformer.generate(num_iter=16, guidance_scale=2.0, annealing=annealing, **arguments).latents
+        return self.image_tokenizer.decode_latents(latents)
+
+
+class TokenBridgeARRecipe(MaskedRecipe):
+    """TokenBridge-AR, whose head goes through the 32 indices of 2 x 2 latents, which takes most of the time."""
+
+    name = "tokenbridge_ar"
+    default_steps = 8000
+    tokenizer_class = TokenBridge
+    tokenizer_options = MappingProxyType({"bits": 4})
+    batch_size = 16
+    shape = {"encoder_shape": (192, 4, 3), "decoder_shape": (192, 4, 3), "head_shape": (128, 2, 2)}
+
+    def tokenize(self, images: np.ndarray) -> Tensor:
+        """Return the levels of the indices, `(n, latent_channels, h, w)`."""
+        ids = self.image_tokenizer.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).token_ids
+        return self.image_tokenizer.quantize.dequantize(ids).mT.unflatten(2, self.image_tokenizer.grid)
+
+    def build(self, caption_dim: int) -> TokenBridgeAR:
+        """Build a TokenBridge-AR of these indices."""
+        quantize = self.image_tokenizer.config
+        return TokenBridgeAR(**self.sizes(caption_dim), bits=quantize.bits, value_range=quantize.value_range)
+
+    def draw(self, module: Any, **arguments: Any) -> Tensor:
+        """Generate images."""
+        ids = module.transformer.generate(num_iter=16, guidance_scale=2.0, temperature=0.8, **arguments).token_ids
+        tokens = ImageTokens(token_ids=ids, spec=self.image_tokenizer.token_spec())
+        return self.image_tokenizer.decode(tokens).images
 
 
 class DraftMARRecipe(MARRecipe):

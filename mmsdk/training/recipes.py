@@ -20,6 +20,7 @@ RECIPES: dict[str, str] = {
     "flextok_ar": "mmsdk.training.generator_recipes:FlexTokARRecipe",
     "mar": "mmsdk.training.generator_recipes:MARRecipe",
     "mar_draft": "mmsdk.training.generator_recipes:DraftMARRecipe",
+    "tokenbridge_ar": "mmsdk.training.generator_recipes:TokenBridgeARRecipe",
     "evaluator": "mmsdk.training.evaluator_recipe:EvaluatorRecipe",
     "emoji_vqa": "mmsdk.training.vqa_recipe:EmojiVQARecipe",
 }
