@@ -1,0 +1,95 @@
+"""What drafters, acceptance rules and the decoder tell each other."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Generator, Tensor
+
+from mmsdk.decoding.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which path of each tree a rule accepts.
+
+    Attributes:
+        path: `(batch, depth)` int64, accepted nodes from the root's child on, -1 behind the last one.
+        lengths: `(batch,)` int64, how many nodes are accepted, 0 or more.
+        bonus: `(batch,)` int64, the token that follows the path: from the target, or from what is left of it where
+            candidates were refused.
+    """
+
+    path: Tensor
+    lengths: Tensor
+    bonus: Tensor
+
+
+class AcceptanceRule(ABC):
+    """Decides how much of a draft the target would have said. Rules are pure functions of tensors.
+
+    Attributes:
+        lossless: whether the tokens follow exactly the target's distribution (or are its greedy choice).
+        needs_probs: whether drafts must tell the distribution that they were drawn from.
+    """
+
+    lossless: ClassVar[bool]
+    needs_probs: ClassVar[bool] = False
+
+    @abstractmethod
+    def verify(self, tree: DraftTree, logits: Tensor, uniforms: Tensor) -> Decision:
+        """Walk down each tree.
+
+        Args:
+            tree: the drafts.
+            logits: `(batch, n, vocab)`, what the target says after each node, processed: temperature and the like are
+                in it, and -inf stands for tokens that are excluded.
+            uniforms: `(batch, n)` in [0, 1): the i-th examined candidate of a row uses its i-th number, the bonus token
+                its last. A rule that draws nothing ignores them.
+        """
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the target made of a draft.
+
+    Attributes:
+        tree: the draft.
+        logits: `(batch, n, vocab)`, what the target says after each node, before any processing.
+        decision: what was accepted.
+        hidden_states: `(batch, n, hidden_size)` of the target's last layer after its norm, for drafters that need them.
+    """
+
+    tree: DraftTree
+    logits: Tensor
+    decision: Decision
+    hidden_states: Tensor | None = None
+
+
+class Drafter(ABC):
+    """Proposes continuations of the sequences of a batch, and learns from what became of them.
+
+    Attributes:
+        needs_hidden_states: whether `observe` needs the target's hidden states.
+    """
+
+    needs_hidden_states: ClassVar[bool] = False
+
+    @abstractmethod
+    def reset(self, prompts: Sequence[Tensor]) -> None:
+        """Begin new sequences: one 1-D int64 tensor for each row, without padding, the last token included."""
+
+    @abstractmethod
+    def propose(self, budget: int, generators: Sequence[Generator] | None = None) -> DraftTree:
+        """Return a tree for each row, with the row's last token as its root and at most `budget` candidates."""
+
+    @abstractmethod
+    def observe(self, verified: Verified) -> None:
+        """Note the accepted path and the bonus token of each row, which now end the sequences."""
+
+    @abstractmethod
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in that order; the others are finished."""
