@@ -60,6 +60,15 @@ OptionsOption = Annotated[
     list[str] | None,
     typer.Option("--option", metavar="KEY=VALUE", help="Any further setting; the value is read as JSON, else as text."),
 ]
+PresetOption = Annotated[str, typer.Option(metavar="NAME", help="Settings that were saved with the model.")]
+AccelerateOption = Annotated[
+    Literal["disa"] | None,
+    typer.Option(help="disa: fewer diffusion or flow steps as the picture is completed (50 down to 5)."),
+]
+ScaleOption = Annotated[
+    int | None,
+    typer.Option(min=1, help=f"Enlarge by this factor. Default: up to {PLEASANT_SIZE} pixels; 1 saves what was drawn."),
+]
 
 
 def _show_version(value: bool) -> None:
@@ -114,13 +123,11 @@ def generate(
     class_label: Annotated[
         list[int] | None, typer.Option(help="For class-conditional models, in place of a prompt; may be repeated.")
     ] = None,
+    preset: PresetOption = "default",
+    accelerate: AccelerateOption = None,
+    option: OptionsOption = None,
     model: ModelOption = DEFAULT_MODEL,
-    scale: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help=f"Enlarge by this factor. Default: up to {PLEASANT_SIZE} pixels; 1 saves what was drawn."
-        ),
-    ] = None,
+    scale: ScaleOption = None,
     stream_to: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Also save the unfinished pictures, named by their tokens.")
     ] = None,
@@ -131,8 +138,8 @@ def generate(
     """Draw pictures from prompts.
 
     Several pictures become one sheet in FILE: one row for each prompt, or as square as possible with one picture
-    each. Where -o is a folder, they become one file each (0.png, 1.png, ...). Guidance, temperature, top-k and top-p
-    default to what the model was saved with.
+    each. Where -o is a folder, they become one file each (0.png, 1.png, ...). Guidance, temperature and everything
+    else that --option can set (top_k, num_iter, num_steps, ...) default to a preset that the model was saved with.
 
     \b
     Examples:
@@ -140,6 +147,7 @@ def generate(
       mmsdk generate "pizza" "cat face" --num-images 4 --seed 7 -o sheet.png
       mmsdk generate "green apple" -n 20 -o apples/
       mmsdk generate "rocket" -o rocket.png --stream-to steps/
+      mmsdk generate "sun" -m emoji-64-mar --accelerate disa --option num_iter=8 -o sun.png
     """  # noqa: D301
     if bool(prompts) == bool(class_label):
         raise ValueError("Give a PROMPT (or, for class-conditional models, --class-label), and not both.")
@@ -164,6 +172,9 @@ def generate(
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
+        "preset": preset,
+        "accelerator": _accelerator(accelerate),
+        **_parse_options(option),
     }
     columns = num_images if num_images > 1 and len(conditions) > num_images else None
     images: list[Image.Image] = []
@@ -179,6 +190,76 @@ def generate(
         images += step.images
     described = target.write(images, scale, columns)
     typer.echo(f"{described}, seed {seed}, {time.monotonic() - started:.1f} s")
+
+
+@app.command()
+def edit(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Picture to change.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Picture to write.")],
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="What to draw.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(metavar="PICTURE", help="White where to draw anew, of the size of IMAGE.")
+    ] = None,
+    keep_tokens: Annotated[
+        int | None,
+        typer.Option(min=0, help="Keep so many tokens and draw the rest anew: fewer are freer (ordered tokens only)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Picture number i (from 0) is drawn with seed + i.")] = 0,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Pictures, side by side.")] = 1,
+    class_label: Annotated[int | None, typer.Option(help="For class-conditional models, in place of a prompt.")] = None,
+    preset: PresetOption = "default",
+    accelerate: AccelerateOption = None,
+    option: OptionsOption = None,
+    model: ModelOption = DEFAULT_MODEL,
+    scale: ScaleOption = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: 1 for small models.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute. Default: cuda where there is one.")] = None,
+) -> None:
+    """Draw a part of a picture anew (--mask), or vary it (--keep-tokens).
+
+    With --mask, all tokens that the mask touches are drawn anew; a model that writes a grid from top to bottom also
+    draws what follows them. With --keep-tokens, the first tokens of One-D-Piece or FlexTok keep the gist.
+
+    \b
+    Examples:
+      mmsdk edit heart.png "red heart" --mask corner.png -m emoji-64-mar -o again.png
+      mmsdk edit heart.png "red heart" --keep-tokens 8 -n 4 -m emoji-64-1d -o hearts.png
+    """  # noqa: D301
+    if (mask is None) == (keep_tokens is None):
+        raise ValueError("Give --mask (where to draw anew) or --keep-tokens (how much to keep), and not both.")
+    if (prompt is None) == (class_label is None):
+        raise ValueError("Give a PROMPT (or, for class-conditional models, --class-label), and not both.")
+    target = _PictureTarget.check(str(output))
+    started = time.monotonic()
+    import torch
+
+    from mmsdk.loading import resolve
+
+    _quiet_libraries()
+    pipeline = resolve("ar_image_pipeline").from_pretrained(model).to(_torch_device(device))
+    _set_threads(threads, pipeline.transformer)
+    conditions = {"class_labels": [class_label] * num_images} if prompt is None else {"prompt": [prompt] * num_images}
+    settings: dict[str, Any] = {"preset": preset, **_parse_options(option)}
+    settings["generator"] = [torch.Generator().manual_seed(seed + i) for i in range(num_images)]
+    pictures = [image] * num_images
+    if mask is not None:
+        accelerator = _accelerator(accelerate)
+        images = pipeline.inpaint(pictures, mask, **conditions, **settings, accelerator=accelerator).images
+    elif accelerate is not None:
+        raise ValueError(f"--accelerate {accelerate} shortens diffusion steps; ordered tokens are written without any.")
+    else:
+        images = pipeline.vary(pictures, keep_tokens, **conditions, **settings).images
+    described = target.write(images, scale, None)
+    typer.echo(f"{described}, seed {seed}, {time.monotonic() - started:.1f} s")
+
+
+def _accelerator(name: str | None) -> Any:
+    """Return what `--accelerate` names."""
+    if name is None:
+        return None
+    from generators.annealing import StepAnnealing
+
+    return StepAnnealing()
 
 
 @app.command()

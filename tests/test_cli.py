@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
+from generators.annealing import StepAnnealing
 from generators.pipelines import ARImagePipeline
 from mmsdk.bench.runner import BENCHMARKS
 from mmsdk.cli import _is_user_error, app, guess_family, main
@@ -28,7 +29,7 @@ from mmsdk.data.emoji import PACKAGES, EmojiRecord
 from mmsdk.errors import ImageError
 from mmsdk.tokens import ImageTokens
 from mmsdk.training.tokenizer_recipes import psnr
-from tests.tiny import tiny_one_d_piece, tiny_pipeline, tiny_tokenbridge, tiny_vq
+from tests.tiny import tiny_latent_pipeline, tiny_one_d_piece, tiny_pipeline, tiny_tokenbridge, tiny_vq
 from tokenizers_img.one_d_piece import OneDPiece
 from tokenizers_img.vq import VQ
 
@@ -70,11 +71,12 @@ def _library_settings() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of pipelines: `text` and `class` over grid tokens, `ordered` over One-D-Piece tokens."""
+    """Folders of pipelines: `text` and `class` over grid tokens, `ordered` over One-D-Piece, `latent` with a MAR."""
     folder = tmp_path_factory.mktemp("models")
     tiny_pipeline().save_pretrained(folder / "text")
     tiny_pipeline(tiny_one_d_piece()).save_pretrained(folder / "ordered")
     tiny_pipeline(condition="class").save_pretrained(folder / "class")
+    tiny_latent_pipeline().save_pretrained(folder / "latent")
     return folder
 
 
@@ -257,6 +259,63 @@ def test_generate_refuses(fail: Run, models: Path, arguments: list[str], message
     line = fail("generate", *given, *(() if "-o" in given else ("-o", "a.png")))
     assert re.search(message, line), line
     assert not Path("a.png").exists()
+
+
+def test_generate_with_fewer_diffusion_steps(run: Run, fail: Run, models: Path) -> None:
+    common = ("generate", "pizza", "-m", models / "latent", "--scale", 1, "--option", "num_iter=3")
+    run(*common, "--accelerate", "disa", "-o", "a.png")
+    pipeline = load(models / "latent")
+    image = pipeline("pizza", num_iter=3, accelerator=StepAnnealing(), generator=seeded(0)).images[0]
+    assert np.array_equal(pixels("a.png"), np.asarray(image))
+    assert "MAR has no setting 'num_iters'" in fail(*common[:-1], "num_iters=3", "-o", "b.png")
+    assert "Unknown preset 'fast'" in fail(*common, "--preset", "fast", "-o", "b.png")
+    common = ("generate", "pizza", "-m", models / "text", "--accelerate", "disa", "-o", "b.png")
+    assert "chooses among token ids" in fail(*common)
+
+
+# ---------------------------------------------------------------- edit
+
+
+def test_edit_draws_what_the_mask_shows(run: Run, models: Path) -> None:
+    run("generate", "pizza", "-m", models / "latent", "--scale", 1, "--option", "num_iter=2", "-o", "a.png")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[8:] = 255
+    Image.fromarray(mask).save("mask.png")
+    run(
+        "edit", "a.png", "red heart", "--mask", "mask.png", "-m", models / "latent", "-n", 2, "--seed", 4,
+        "--option", "num_iter=2", "--scale", 1, "-o", "b.png",
+    )  # fmt: skip
+    expected = load(models / "latent").inpaint(
+        ["a.png"] * 2, "mask.png", ["red heart"] * 2, num_iter=2, generator=seeded(4, 5)
+    )
+    first, second = (np.asarray(image) for image in expected.images)
+    assert np.array_equal(pixels("b.png")[2:18, 2:18], first)
+    assert np.array_equal(pixels("b.png")[2:18, 20:36], second)
+
+
+def test_edit_keeps_tokens(run: Run, models: Path, photo: Path) -> None:
+    run("edit", photo, "pizza", "--keep-tokens", 5, "-m", models / "ordered", "--scale", 1, "-o", "b.png")
+    image = load(models / "ordered").vary(photo, 5, "pizza", generator=seeded(0)).images[0]
+    assert np.array_equal(pixels("b.png"), np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pizza"], "--mask .* or --keep-tokens"),
+        (["pizza", "--mask", "photo.png", "--keep-tokens", "3"], "not both"),
+        (["--keep-tokens", "3"], "Give a PROMPT"),
+        (["pizza", "--keep-tokens", "3", "-m", "{text}"], "not ordered by importance"),
+        (["pizza", "--keep-tokens", "8", "-m", "{ordered}"], "num_kept_tokens must be 0 to 7, got 8"),
+        (["pizza", "--mask", "photo.png", "-m", "{ordered}"], "have no place in the image"),
+        (["pizza", "--mask", "none.png", "-m", "{text}"], "none.png"),
+        (["pizza", "--keep-tokens", "3", "-m", "{ordered}", "--accelerate", "disa"], "ordered tokens"),
+    ],
+)
+def test_edit_refuses(fail: Run, models: Path, photo: Path, arguments: list[str], message: str) -> None:
+    names = {"{text}": str(models / "text"), "{ordered}": str(models / "ordered")}
+    line = fail("edit", photo, *(names.get(a, a) for a in arguments), "-o", "a.png")
+    assert re.search(message, line), line
 
 
 def test_an_output_is_required(fail: Run) -> None:
