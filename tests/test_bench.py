@@ -340,3 +340,9 @@ def test_mar_equals_the_published_loop() -> None:
     assert all(0 < row[4] < 1e-4 for row in result.rows)
     # 256 tokens and as many unconditional rows, in each of 3 steps.
     assert result.value("head rows", batch=1) == 2 * 256 * 3
+
+
+def test_the_channel_cache_changes_no_token() -> None:
+    result = run_benchmark("tokenbridge-ar", num_channels=4, rows=[1, 3], repeats=1)
+    assert [row[0] for row in result.rows] == [1, 3]
+    assert "4 channels go through the layers with the cache, 10 without" in result.notes[1]
