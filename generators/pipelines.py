@@ -29,6 +29,8 @@ from mmsdk.tokens import ImageTokens
 from tokenizers_img.base import ImageTokenizer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent", "tokens")
+# Names the components of an embedded pipeline that lie with other models.
+SHARED_FILE = "shared.json"
 _UNFINISHED = 0.5  # grey of grid cells that have no token yet
 _WHITE = 127  # grey values above it are masked
 # Arguments of `iter_generate` that the pipeline passes itself, or that only tests of a transformer need.
@@ -133,7 +135,7 @@ class ARImagePipeline(DiffusionPipeline):
             kwargs.setdefault("dtype", torch.float32)
         try:
             _import_components(Path(source))
-            return super().from_pretrained(source, **kwargs)
+            return super().from_pretrained(source, **(_shared_components(Path(source)) | kwargs))
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"Cannot load {cls.__name__} from {source!r}: {error}") from error
 
@@ -562,6 +564,17 @@ def _convert(images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray
     if output_type == "pil":
         return tensor_to_pil(images)
     return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _shared_components(folder: Path) -> dict[str, Any]:
+    """Load what an embedded pipeline has in common with other embedded models, which ships once."""
+    path = folder / SHARED_FILE
+    if not path.is_file():
+        return {}
+    return {
+        name: resolve(part["component"]).from_pretrained(part["source"], **part.get("options", {}))
+        for name, part in json.loads(path.read_text()).items()
+    }
 
 
 def _import_components(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from generators.annealing import StepAnnealing
 from generators.guidance import LinearGuidance
-from generators.pipelines import ARImagePipeline
+from generators.pipelines import SHARED_FILE, ARImagePipeline
 from mmsdk.errors import CheckpointError, UnknownNameError
 from mmsdk.tokens import ImageTokens
 from tests.tiny import (
@@ -326,6 +327,21 @@ def test_variations_keep_their_prefix(ordered: ARImagePipeline) -> None:
     assert torch.equal(kept[:, :5], known[:, :5])
     free = ordered.vary(images, 0, "pizza", generator=seeded(2)).tokens.token_ids
     assert torch.equal(free, ordered("pizza", generator=seeded(2)).tokens.token_ids)
+
+
+def test_a_component_may_lie_with_another_model(tmp_path: Path) -> None:
+    pipeline = tiny_latent_pipeline()
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    shutil.move(tmp_path / "pipeline" / "image_tokenizer", tmp_path / "vae")
+    shared = {"image_tokenizer": {"component": "vae", "source": str(tmp_path / "vae")}}
+    (tmp_path / "pipeline" / SHARED_FILE).write_text(json.dumps(shared))
+    loaded = ARImagePipeline.from_pretrained(tmp_path / "pipeline")
+    loaded.set_progress_bar_config(disable=True)
+    one, other = (p("pizza", num_iter=2, generator=seeded(0), output_type="pt").images for p in (pipeline, loaded))
+    assert torch.equal(one, other)
+    shutil.rmtree(tmp_path / "vae")
+    with pytest.raises(CheckpointError, match="vae"):
+        ARImagePipeline.from_pretrained(tmp_path / "pipeline")
 
 
 # ---------------------------------------------------------------- bad input

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from generators.pipelines import SHARED_FILE
 from mmsdk.data.emoji import EmojiDataset
 from mmsdk.data.emoji_vqa import write_scenes
 from mmsdk.errors import DataError, unknown_name
@@ -39,7 +40,19 @@ library_name: mmsdk
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """One folder below `weights/`: the recipe that made it, what its card says, what its configuration gets."""
+    """One folder below `weights/`.
+
+    Attributes:
+        folder: its name.
+        recipe: what made it.
+        component: registered class.
+        title: of its card.
+        text: what the card says of the model.
+        data: what it says of the data.
+        limits: what it says of the limits.
+        settings: configuration values to add.
+        shared: components of a pipeline that ship with another model, with their class and its name.
+    """
 
     folder: str
     recipe: str
@@ -49,6 +62,7 @@ class EmbeddedModel:
     data: str
     limits: str = "64 x 64 pixels; emoji and flat illustrations only. Not for photographs."
     settings: dict[str, Any] = field(default_factory=dict)
+    shared: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 MODELS = (
@@ -98,6 +112,39 @@ MODELS = (
         "all seven sets",
     ),
     EmbeddedModel(
+        "emoji-64-mar",
+        "mar",
+        "ar_image_pipeline",
+        "emoji-64-mar: text to image over continuous latents",
+        "A text-conditional MAR over the latents of the embedded KL autoencoder, 2 x 2 of them to a token, with a "
+        "small T5 encoder trained along.",
+        "the noto, twemoji and fluent flat sets",
+        settings={"presets": {"default": {"num_iter": 16, "guidance_scale": 2.0, "annealing": {}}}},
+        shared={"image_tokenizer": {"component": "vae", "source": "emoji-64"}},
+    ),
+    EmbeddedModel(
+        "emoji-64-tokenbridge-ar",
+        "tokenbridge_ar",
+        "ar_image_pipeline",
+        "emoji-64-tokenbridge-ar: text to image over the indices of TokenBridge",
+        "A text-conditional TokenBridge-AR over the embedded TokenBridge with 4 bits to an index, 2 x 2 positions to a "
+        "token, with a small T5 encoder trained along.",
+        "the noto, twemoji and fluent flat sets",
+        settings={"presets": {"default": {"num_iter": 16, "guidance_scale": 2.0, "temperature": 0.8}}},
+        shared={"image_tokenizer": {"component": "tokenbridge", "source": "emoji-64", "options": {"bits": 4}}},
+    ),
+    EmbeddedModel(
+        "emoji-64-flextok-ar",
+        "flextok_ar",
+        "ar_image_pipeline",
+        "emoji-64-flextok-ar: text to image over FlexTok tokens",
+        "FlexTok-AR over the embedded FlexTok, with a small T5 encoder trained along: it can stop after any of 32 "
+        "tokens, and the decoder draws the rest.",
+        "the noto, twemoji and fluent flat sets",
+        settings={"presets": {"default": {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50}}},
+        shared={"image_tokenizer": {"component": "flextok", "source": "emoji-64"}},
+    ),
+    EmbeddedModel(
         "emoji-vqa",
         "emoji_vqa",
         "vlm",
@@ -133,6 +180,15 @@ INDEX = {
         "evaluator": "emoji-64-evaluator",
     },
     "emoji-vqa": {"vlm": "emoji-vqa"},
+    "emoji-64-mar": {"ar_image_pipeline": "emoji-64-mar", "mar": "emoji-64-mar/transformer"},
+    "emoji-64-tokenbridge-ar": {
+        "ar_image_pipeline": "emoji-64-tokenbridge-ar",
+        "tokenbridge_ar": "emoji-64-tokenbridge-ar/transformer",
+    },
+    "emoji-64-flextok-ar": {
+        "ar_image_pipeline": "emoji-64-flextok-ar",
+        "flextok_ar": "emoji-64-flextok-ar/transformer",
+    },
     "emoji-64-1d": {
         "ar_image_pipeline": "emoji-64-1d",
         "llamagen": "emoji-64-1d/transformer",
@@ -187,6 +243,10 @@ def embed(run: Path, model: EmbeddedModel, weights: Path = WEIGHTS_FOLDER) -> Pa
         processor.save_pretrained(target)
         write_scenes(target / "examples", count=12)
     loaded.to(dtype=torch.float16).save_pretrained(target)
+    for name in model.shared:
+        shutil.rmtree(target / name)
+    if model.shared:
+        write_atomically(target / SHARED_FILE, (json.dumps(model.shared, indent=2) + "\n").encode())
     _forget_paths(target)
     scores = ", ".join(f"{k} {v:.4g}" for k, v in last["evaluation"].items())
     card = _CARD.format(
