@@ -367,6 +367,8 @@ class LlamaGen(PretrainedModel):
 
     registry_name = "llamagen"
     generates = "token_ids"
+    # Tokens that one position of the transformer stands for.
+    tokens_per_step = 1
 
     @register_to_config
     def __init__(
@@ -437,7 +439,9 @@ class LlamaGen(PretrainedModel):
 
         self.tok_embeddings = nn.Embedding(codebook_size, hidden_size)
         self.position_embedding = (
-            nn.Embedding(num_condition_tokens + max_tokens, hidden_size) if positions == "learned" else None
+            nn.Embedding(num_condition_tokens + self.num_steps(max_tokens), hidden_size)
+            if positions == "learned"
+            else None
         )
         self.layers = nn.ModuleList(
             TransformerBlock(
@@ -542,7 +546,7 @@ class LlamaGen(PretrainedModel):
 
     def count_steps(self, num_tokens: int | None = None, num_kept_tokens: int = 0, **settings: Any) -> int:
         """Return how many steps a generation takes; other settings do not matter."""
-        return (num_tokens or self.config.max_tokens) - num_kept_tokens
+        return self.num_steps((num_tokens or self.config.max_tokens) - num_kept_tokens)
 
     def inpainting(self, token_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Return the argument of a generation that writes all tokens anew from the first masked one.
@@ -627,16 +631,32 @@ class LlamaGen(PretrainedModel):
         ones = torch.ones(num_positions, num_positions, dtype=torch.bool, device=columns.device)
         return (ones.tril() & columns[:, None]) | torch.eye(num_positions, dtype=torch.bool, device=columns.device)
 
+    def num_steps(self, num_tokens: int) -> int:
+        """Return how many positions so many tokens take."""
+        return num_tokens // self.tokens_per_step
+
+    def to_sequence(self, token_ids: Tensor) -> Tensor:
+        """Bring the tokens of whole images `(batch, max_tokens)` into the order in which they are written."""
+        return token_ids
+
+    def from_sequence(self, values: Tensor) -> Tensor:
+        """Undo `to_sequence`, for values `(batch, max_tokens, ...)` of the tokens."""
+        return values
+
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
-        """Embed ids `(batch, length)` as `(batch, length, hidden_size)`, without positions."""
+        """Embed ids `(batch, length * tokens_per_step)` as `(batch, length, hidden_size)`, without positions."""
         return self.tok_embeddings(token_ids)
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """Map what the transformer returns, `(..., hidden_size)`, to logits `(..., codebook_size)`."""
+        """Map what the transformer returns, `(..., length, hidden_size)`, to logits of the tokens of these positions.
+
+        Returns:
+            `(..., length * tokens_per_step, codebook_size)`.
+        """
         return self.output(hidden)
 
     def guided_logits(self, hidden: Tensor, batch: int, scale: float) -> Tensor:
-        """Return the logits `(batch, codebook_size)` in float32 of the next token.
+        """Return the logits in float32 of the next token, `(batch, codebook_size)`.
 
         Args:
             hidden: `(rows, hidden_size)`: `batch` conditional rows, then as many unconditional ones where needed.
@@ -669,7 +689,7 @@ class LlamaGen(PretrainedModel):
             # Made outside of inference mode, whose tensors could not be used in training later.
             with torch.inference_mode(False):
                 self._rotary_table = rotary_table(
-                    math.isqrt(self.config.max_tokens),
+                    math.isqrt(self.num_steps(self.config.max_tokens)),
                     self.config.hidden_size // self.config.num_heads,
                     self.config.rope_base,
                     self.config.num_condition_tokens,
@@ -713,7 +733,8 @@ class LlamaGen(PretrainedModel):
         if labels is not None and labels.shape != token_ids.shape:
             raise ValueError(f"labels must be {tuple(token_ids.shape)}, as token_ids, got {tuple(labels.shape)}.")
 
-        hidden = torch.cat([condition, self.embed_tokens(token_ids[:, :-1])], dim=1)
+        sequence = self.to_sequence(token_ids)
+        hidden = torch.cat([condition, self.embed_tokens(sequence[:, : -self.tokens_per_step])], dim=1)
         length = hidden.shape[1]
         if attention_mask is None and caption_mask is not None:
             attention_mask = self.build_attention_mask(caption_mask, length)
@@ -726,13 +747,14 @@ class LlamaGen(PretrainedModel):
         hidden = F.dropout(hidden, self.config.token_dropout, self.training)
         for layer in self.layers:
             hidden = layer(hidden, rotary, attention_mask, attention_mask is None)
-        logits = self.predict(self.norm(hidden[:, self.config.num_condition_tokens - 1 :]))
-
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        logits = self.from_sequence(self.predict(self.norm(hidden[:, self.config.num_condition_tokens - 1 :])))
+        loss = None if labels is None else self.token_loss(logits.float(), labels)
         output = LlamaGenForwardOutput(logits=logits, loss=loss)
         return output if return_dict else output.to_tuple()
+
+    def token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross entropy of `labels` `(batch, num_tokens)`, without those of -100."""
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
     # ------------------------------------------------------------------------------------------------ decoding
 
@@ -776,7 +798,7 @@ class LlamaGen(PretrainedModel):
                 mask, as published.
         """
         config = self.config
-        max_new_tokens = self._check_num_tokens(max_new_tokens)
+        max_new_tokens = self.num_steps(self._check_num_tokens(max_new_tokens))
         condition = self.embed_condition(class_labels, caption_features, caption_mask)
         if guided:
             condition = torch.cat([condition, self.cls_embedding.unconditional().expand_as(condition)])
@@ -831,7 +853,7 @@ class LlamaGen(PretrainedModel):
         if token_ids.ndim != 2 or len(token_ids) != state.num_rows or not token_ids.shape[1]:
             raise ValueError(f"token_ids must be ({state.num_rows}, block), got {tuple(token_ids.shape)}.")
         _check_ids("Token ids", token_ids, self.config.codebook_size)
-        start, size = state.length, token_ids.shape[1]
+        start, size = state.length, self.num_steps(token_ids.shape[1])
         if start + size > state.capacity:
             raise ValueError(
                 f"The state has room for {state.capacity - start} more tokens, got a block of {size}; "
@@ -840,7 +862,7 @@ class LlamaGen(PretrainedModel):
         positions = None
         if depths is not None:
             positions = state.position_offset + start + depths
-            last = self.config.num_condition_tokens + self.config.max_tokens - 1
+            last = self.config.num_condition_tokens + self.num_steps(self.config.max_tokens) - 1
             if int(depths.min()) < 0 or int(positions.max()) > last:
                 raise ValueError(f"depths must be 0 to {last - state.position_offset - start}, got {depths.tolist()}.")
         if size == 1:
@@ -906,11 +928,11 @@ class LlamaGen(PretrainedModel):
                     f"cfg_interval={cfg_interval} needs a number as guidance_scale, got {guidance_scale!r}."
                 )
             guidance = IntervalGuidance(guidance.target, cfg_interval)
-        scales = guidance.scales(num_tokens)
+        scales = guidance.scales(self.num_steps(num_tokens))
         for step, scale in enumerate(scales):
             if not (math.isfinite(scale) and scale >= 0):
                 raise ValueError(f"Guidance scales must be finite and at least 0, got {scale} at step {step}.")
-        first = 0 if prefix is None else self._check_prefix(prefix, num_tokens)
+        first = 0 if prefix is None else self.num_steps(self._check_prefix(prefix, num_tokens))
         last_guided = max((step for step, scale in enumerate(scales) if scale != 1.0 and step >= first), default=-1)
         if uniforms is not None and generator is not None:
             raise ValueError("Pass uniforms or a generator, not both.")
@@ -954,15 +976,17 @@ class LlamaGen(PretrainedModel):
     ) -> Iterator[tuple[int, Tensor]]:
         hidden = state.condition_hidden
         trace.record_forward(state.num_rows, state.length)
-        token_ids = torch.empty(batch, len(scales), dtype=torch.int64, device=hidden.device)
-        first = 0 if prefix is None else prefix.shape[1]
+        size = self.tokens_per_step
+        token_ids = torch.empty(batch, len(scales) * size, dtype=torch.int64, device=hidden.device)
+        first = 0 if prefix is None else self.num_steps(prefix.shape[1])
         if prefix is not None and first:
-            token_ids[:, :first] = prefix
-            hidden = self.advance(token_ids[:, :first].repeat(state.num_rows // batch, 1), state)[:, -1]
+            token_ids[:, : first * size] = prefix
+            hidden = self.advance(token_ids[:, : first * size].repeat(state.num_rows // batch, 1), state)[:, -1]
             trace.record_forward(state.num_rows, first)
         for step, scale in enumerate(scales[first:], first):
+            here = slice(step * size, (step + 1) * size)
             if step > first:
-                previous = token_ids[:, step - 1 : step]
+                previous = token_ids[:, here.start - size : here.start]
                 if state.num_rows > batch:
                     if step > last_guided:
                         state.select_rows(slice(0, batch))
@@ -973,10 +997,15 @@ class LlamaGen(PretrainedModel):
             logits = self.guided_logits(hidden, batch, scale)
             trace.record_step(scale, logits)
             try:
-                token_ids[:, step] = _draw(logits, sampling, None if uniforms is None else uniforms[:, step])
+                draws = None if uniforms is None else uniforms[:, here]
+                token_ids[:, here] = _draw(logits.view(batch, size, -1), sampling, draws)
             except ValueError as error:
-                raise ValueError(f"Token {step}: {error}") from error
-            yield step, token_ids[:, : step + 1]
+                raise ValueError(f"Token {here.start}: {error}") from error
+            yield step, self._written(token_ids, here.stop)
+
+    def _written(self, token_ids: Tensor, count: int) -> Tensor:
+        """Return the first `count` tokens of a sequence, as a generation yields them."""
+        return token_ids[:, :count]
 
     def generate(
         self,
@@ -1036,7 +1065,7 @@ class LlamaGen(PretrainedModel):
 
 
 def _draw(logits: Tensor, sampling: tuple[float, int, float], uniforms: Tensor | None) -> Tensor:
-    """Return ids `(batch,)` from `logits` `(batch, codebook_size)`: the largest, or drawn where there are uniforms."""
+    """Return ids `(...)` of `logits` `(..., codebook_size)`: the largest, or drawn where there are uniforms `(...)`."""
     if uniforms is not None:
         return sample_inverse_cdf(torch.softmax(process_logits(logits, *sampling), -1), uniforms)
     values, ids = logits.max(-1)

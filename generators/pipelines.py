@@ -532,8 +532,8 @@ class ARImagePipeline(DiffusionPipeline):
         """Return how many tokens there are, or where they are, bool `(batch, num_tokens)`."""
         if self.transformer.generates == "latents":
             return (result != 0).any(1).flatten(1)
-        if result.ndim == 3:  # ids of all positions, -1 where there is none yet
-            return (result >= 0).all(-1)
+        if result.ndim == 3 or bool((result < 0).any()):  # ids of all positions, -1 where there is none yet
+            return (result >= 0).all(-1) if result.ndim == 3 else result >= 0
         return result.shape[1]
 
     def _partial(self, result: Tensor, done: int | Tensor) -> Tensor:
@@ -547,7 +547,7 @@ class ARImagePipeline(DiffusionPipeline):
         elif done.shape[1] != rows * columns:  # a coarser scale
             result = F.interpolate(result, size=(rows, columns))
             done = torch.ones(len(result), rows * columns, dtype=torch.bool, device=result.device)
-        elif result.ndim == 3:
+        elif not result.is_floating_point():
             result = result.clamp_min(0)
         images = self.image_tokenizer.decode(self._tokens(result)).images
         cells = done.view(-1, 1, rows, columns)

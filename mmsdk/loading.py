@@ -27,6 +27,7 @@ REGISTRY: dict[str, str] = {
     "tokenbridge": "tokenizers_img.tokenbridge:TokenBridge",
     "vae": "tokenizers_img.vae:KLVAE",
     "llamagen": "generators.llamagen:LlamaGen",
+    "token_shuffle": "generators.token_shuffle:TokenShuffle",
     "flextok_ar": "generators.flextok_ar:FlexTokAR",
     "mar": "generators.mar:MAR",
     "tokenbridge_ar": "generators.tokenbridge_ar:TokenBridgeAR",

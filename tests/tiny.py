@@ -12,6 +12,7 @@ from generators.flowar import FlowAR
 from generators.llamagen import LlamaGen
 from generators.mar import MAR
 from generators.pipelines import ARImagePipeline
+from generators.token_shuffle import TokenShuffle
 from generators.tokenbridge_ar import TokenBridgeAR
 from generators.xar import XAR
 from mmsdk.data.captions import train_caption_tokenizer
@@ -189,6 +190,16 @@ def tiny_mar(seed: int = 0, std: float = 0.2, **overrides: Any) -> MAR:
     if overrides.get("condition") == "text":
         sizes |= {"num_classes": None, "caption_dim": 6}
     return _scattered(MAR(**(sizes | overrides)), seed, std)
+
+
+def tiny_token_shuffle(seed: int = 0, **overrides: Any) -> TokenShuffle:
+    """4 x 4 tokens of 32 ids in windows of 2 x 2, 5 classes or captions of 6 features."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "multiple_of": 8, "max_tokens": 16}
+    sizes |= {"codebook_size": 32, "num_classes": 5}
+    if overrides.get("condition") == "text":
+        sizes |= {"num_classes": None, "caption_dim": 16, "num_condition_tokens": CONDITION_TOKENS}
+    torch.manual_seed(seed)
+    return randomised(TokenShuffle(**(sizes | overrides)), seed)
 
 
 def tiny_tokenbridge_ar(seed: int = 0, std: float = 0.3, **overrides: Any) -> TokenBridgeAR:
