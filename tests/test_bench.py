@@ -346,3 +346,12 @@ def test_the_channel_cache_changes_no_token() -> None:
     result = run_benchmark("tokenbridge-ar", num_channels=4, rows=[1, 3], repeats=1)
     assert [row[0] for row in result.rows] == [1, 3]
     assert "4 channels go through the layers with the cache, 10 without" in result.notes[1]
+
+
+def test_windows_shorten_the_sequence(needs_network: None, folders: dict[str, str]) -> None:
+    result = run_benchmark(
+        "token-shuffle", grid=4, repeats=1, models=[folders["grid"]], num_prompts=4, styles=["noto"],
+        evaluator=folders["evaluator"], cache_dir=folders["cache"],
+    )  # fmt: skip
+    assert [row[2] for row in result.rows] == [16, 4, 1, 16]
+    assert result.value("FD", windows=folders["grid"]) > 0

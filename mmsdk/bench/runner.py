@@ -29,6 +29,7 @@ BENCHMARKS: dict[str, str] = {
     "prefix": "mmsdk.bench.prefix:prefix",
     "mar": "mmsdk.bench.mar:mar",
     "disa": "mmsdk.bench.disa:disa",
+    "token-shuffle": "mmsdk.bench.token_shuffle:token_shuffle",
     "tokenbridge-ar": "mmsdk.bench.tokenbridge_ar:tokenbridge_ar",
     "flextok": "mmsdk.bench.flextok:flextok",
     "tokens": "mmsdk.bench.tokens:tokens",
