@@ -21,6 +21,7 @@ from generators.annealing import StepAnnealing
 from generators.flextok_ar import FlexTokAR
 from generators.llamagen import LlamaGen
 from generators.mar import MAR
+from generators.token_shuffle import TokenShuffle
 from generators.tokenbridge_ar import TokenBridgeAR
 from mmsdk.data.captions import MAX_PROMPT_TOKENS, train_caption_tokenizer
 from mmsdk.data.emoji import STYLES, EmojiDataset, EmojiRecord, caption_of
@@ -237,9 +238,9 @@ class CausalRecipe(TextToImageRecipe):
     """
 
     num_tokens: int | None = None
-    transformer_class = LlamaGen
+    transformer_class: type[LlamaGen] = LlamaGen
     shape: dict[str, int] = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "multiple_of": 64}
-    hidden_modules = ("layers", "cls_embedding")
+    hidden_modules: tuple[str, ...] = ("layers", "cls_embedding")
 
     def tokenize(self, images: np.ndarray) -> Tensor:
         """Return token ids `(n, num_tokens)`."""
@@ -326,6 +327,17 @@ class FlexTokARRecipe(CausalRecipe):
     tokenizer_class = FlexTok
     transformer_class = FlexTokAR
     shape = {"hidden_size": 256, "num_layers": 5, "num_heads": 4, "intermediate_size": 1024}
+
+
+class TokenShuffleRecipe(CausalRecipe):
+    """Token-Shuffle over the 16 x 16 grid tokens, in windows of 2 x 2: as long a sequence as over the coarse grid."""
+
+    name = "token_shuffle"
+    default_steps = 5600
+    tokenizer_class = VQ
+    transformer_class = TokenShuffle
+    shape = {"hidden_size": 256, "num_layers": 6, "num_heads": 4, "multiple_of": 64, "shuffle_size": 2}
+    hidden_modules = ("layers", "cls_embedding", "mix_inputs", "mix_outputs")
 
 
 class MaskedRecipe(TextToImageRecipe):

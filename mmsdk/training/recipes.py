@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 
 RECIPES: dict[str, str] = {
     "vq": "mmsdk.training.tokenizer_recipes:VQRecipe",
+    "vq_fine": "mmsdk.training.tokenizer_recipes:FineVQRecipe",
     "vae": "mmsdk.training.tokenizer_recipes:KLVAERecipe",
     "one_d_piece": "mmsdk.training.tokenizer_recipes:OneDPieceRecipe",
     "flextok": "mmsdk.training.tokenizer_recipes:FlexTokRecipe",
     "llamagen": "mmsdk.training.generator_recipes:LlamaGenRecipe",
     "llamagen_1d": "mmsdk.training.generator_recipes:LlamaGen1DRecipe",
     "flextok_ar": "mmsdk.training.generator_recipes:FlexTokARRecipe",
+    "token_shuffle": "mmsdk.training.generator_recipes:TokenShuffleRecipe",
     "mar": "mmsdk.training.generator_recipes:MARRecipe",
     "mar_draft": "mmsdk.training.generator_recipes:DraftMARRecipe",
     "tokenbridge_ar": "mmsdk.training.generator_recipes:TokenBridgeARRecipe",

@@ -127,9 +127,15 @@ class VQRecipe(PixelRecipe):
         config: shared hyper-parameters.
         perturbation: fields of a `LatentPerturbation` that falls to nothing in the course of the training, `{}` for its
             defaults; None for none, as the embedded model was trained.
+
+    Attributes:
+        channel_mult: widths of the resolutions, as multiples of 16; each but the last is halved.
+        codebook_size: number of codes.
     """
 
     name = "vq"
+    channel_mult: tuple[int, ...] = (1, 2, 4, 8)
+    codebook_size = 4096
 
     def __init__(self, config: TrainingConfig | None = None, perturbation: Mapping[str, Any] | None = None) -> None:
         super().__init__(config)
@@ -139,10 +145,10 @@ class VQRecipe(PixelRecipe):
         """Return the model, and watch its codes."""
         model = VQ(
             channels=16,
-            channel_mult=(1, 2, 4, 8),
+            channel_mult=self.channel_mult,
             num_res_blocks=1,
             z_channels=64,
-            codebook_size=4096,
+            codebook_size=self.codebook_size,
             codebook_dim=8,
             image_size=64,
             norm_num_groups=8,
@@ -181,6 +187,14 @@ class VQRecipe(PixelRecipe):
         """PSNR and codebook use on held-out emoji."""
         self.used: set[int] = set()
         return super().evaluate(module, folder) | {"codes_used": len(self.used)}
+
+
+class FineVQRecipe(VQRecipe):
+    """A 16 x 16 grid tokenizer with fewer codes, whose long sequences Token-Shuffle shortens."""
+
+    name = "vq_fine"
+    channel_mult = (1, 3, 6)
+    codebook_size = 1024
 
 
 class KLVAERecipe(PixelRecipe):
