@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from generators.pipelines import SHARED_FILE
 from mmsdk.data.emoji import EmojiDataset
@@ -110,6 +111,7 @@ MODELS = (
         "1 to 32 ordered tokens (codebook 4096) for an image, and a rectified-flow decoder that draws a plausible "
         "image from any number of them.",
         "all seven sets",
+        settings={"guidance_scale": 1.0},
     ),
     EmbeddedModel(
         "emoji-64-mar",
@@ -213,6 +215,15 @@ def _forget_paths(folder: Path) -> None:
             write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
+def _halve(folder: Path) -> None:
+    """Store in float16 what models keep in float32 when they are cast; they compute in float32 once loaded."""
+    for path in folder.rglob("*.safetensors"):
+        tensors = load_file(path)
+        if any(tensor.dtype == torch.float32 for tensor in tensors.values()):
+            halved = {k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}
+            save_file(halved, path, metadata={"format": "pt"})
+
+
 def _finished(run: Path, model: EmbeddedModel) -> Any:
     """Load what a run made; TokenBridge is the VAE's run with the scale of its latents measured."""
     if model.component == "vlm":
@@ -243,6 +254,7 @@ def embed(run: Path, model: EmbeddedModel, weights: Path = WEIGHTS_FOLDER) -> Pa
         processor.save_pretrained(target)
         write_scenes(target / "examples", count=12)
     loaded.to(dtype=torch.float16).save_pretrained(target)
+    _halve(target)
     for name in model.shared:
         shutil.rmtree(target / name)
     if model.shared:

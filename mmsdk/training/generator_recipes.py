@@ -418,7 +418,7 @@ class MARRecipe(MaskedRecipe):
     """MAR with its diffusion head."""
 
     name = "mar"
-    default_steps = 8000
+    default_steps = 16000
     tokenizer_class = KLVAE
     shape = {"encoder_shape": (192, 4, 3), "decoder_shape": (192, 4, 3), "head_shape": (256, 3)}
 
