@@ -20,7 +20,7 @@ from torch import Generator, Tensor, nn
 from generators.annealing import StepAnnealing
 from generators.base import LatentGenerator, Trace
 from generators.guidance import Guidance, LinearGuidance
-from generators.heads.diffusion import SAMPLERS, DiffusionHead, DiffusionPlan
+from generators.heads.diffusion import SAMPLERS, DiffusionHead, DiffusionPlan, respaced_timesteps
 from generators.heads.flow import NoiseStream, check_labels, check_noise
 from generators.layers import MLP
 from generators.llamagen import CaptionProjection
@@ -703,15 +703,15 @@ class MAR(MaskedTransformer):
             raise ValueError(f"Pass num_steps or annealing, not both; got num_steps={num_steps!r} and {annealing!r}.")
         if None not in (noise, orders, generator):
             raise ValueError("A generator has nothing to draw where orders and noise are given; leave it out.")
-        if annealing is None:
-            steps = 100 if num_steps is None else num_steps
-            annealing = StepAnnealing(steps, steps, "constant", last_timestep=None)
+        if not isinstance(annealing, StepAnnealing | None):
+            raise TypeError(f"annealing must be a StepAnnealing, got {annealing!r}.")
+        timesteps = respaced_timesteps(100 if num_steps is None else num_steps)
         condition = self.generation_condition(class_labels, caption_features, caption_mask, batch_size)
         stream = NoiseStream(generator, len(condition))
         walk = self.plan_generation(condition, num_iter, guidance_scale, stream, latents, mask, orders)
 
-        schedules = [annealing.timesteps(s.step, num_iter) for s in walk.steps]
-        plans = {timesteps: self.diffloss.plan(timesteps) for timesteps in dict.fromkeys(schedules)}
+        schedules = [annealing.timesteps(s.step, num_iter) if annealing else timesteps for s in walk.steps]
+        plans = {t: self.diffloss.plan(t) for t in dict.fromkeys(schedules)}
         if noise is not None:
             sizes = [(1 + len(t), *s.positions.shape) for t, s in zip(schedules, walk.steps, strict=True)]
             check_noise(noise, [(*size, self.token_dim) for size in sizes])

@@ -222,12 +222,16 @@ class NoiseStream:
         self.batch = batch
 
     def draw(self, *shape: int, dtype: torch.dtype = torch.float32, unused_rows: int = 0) -> Tensor:
-        """Draw `(batch, *shape)`; a generator of all rows also draws `unused_rows` behind them, which are dropped."""
+        """Draw `(batch, *shape)`, and `unused_rows` behind them, which are dropped; several generators share those.
+
+        One generator for a batch of one, and a list of it, give the same numbers.
+        """
         if isinstance(self.generators, Generator):
             device = self.generators.device
             rows = self.batch + unused_rows
             return torch.randn(rows, *shape, generator=self.generators, dtype=dtype, device=device)[: self.batch]
-        drawn = [torch.randn(shape, generator=g, dtype=dtype, device=g.device) for g in self.generators]
+        rows = 1 + unused_rows // self.batch
+        drawn = [torch.randn(rows, *shape, generator=g, dtype=dtype, device=g.device)[0] for g in self.generators]
         return torch.stack([row.to(drawn[0].device) for row in drawn])
 
 

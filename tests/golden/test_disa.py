@@ -6,13 +6,11 @@ import re
 from typing import Any
 
 import pytest
-import torch
 
 from generators.annealing import StepAnnealing
-from generators.guidance import ConstantGuidance
-from generators.heads.diffusion import respaced_timesteps
+from generators.heads.diffusion import DiffusionSchedule, respaced_timesteps
 from generators.mar import MAR
-from tests.golden.test_mar import load_model, recorded_noise, tolerance
+from tests.golden.test_mar import check_generation, generation_settings, load_model
 from tests.golden.util import golden_cases, golden_index, load_json, load_tensors, select_cases
 
 CASES = golden_cases("disa")
@@ -37,6 +35,7 @@ def test_schedules(name: str, case: dict[str, Any]) -> None:
         assert nominal == schedule["nominal_steps"], setting
         executed = [len(annealing.timesteps(i, iterations)) for i in range(iterations)]
         assert executed == schedule["executed_steps"], setting
+        assert sum(executed) == schedule["total_executed"]
 
 
 @pytest.mark.parametrize(("name", "case"), SCHEDULES)
@@ -45,8 +44,10 @@ def test_clipped_timesteps(name: str, case: dict[str, Any]) -> None:
     checked = 0
     for setting, respacing in respacings.items():
         found = re.fullmatch(r"(?:default_sampler_)?(steps|ddim)(\d+)_clip(\d+)", setting)
-        if found is None:  # the published clip also touches the schedule of training; ours does not
+        if setting == "train_diffusion":  # the published clip also touches the schedule of training
+            assert len(DiffusionSchedule()) == 1000 > respacing["executed"]
             continue
+        assert found is not None, setting
         spacing = "leading" if found[1] == "ddim" else "linspace"
         timesteps = respaced_timesteps(int(found[2]), spacing, int(found[3]))
         assert list(timesteps) == respacing["timestep_map"], setting
@@ -57,26 +58,16 @@ def test_clipped_timesteps(name: str, case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "case"), GENERATE)
 def test_generate(model: MAR, name: str, case: dict[str, Any]) -> None:
-    golden, args, diffusion = load_tensors("disa", case["file"]), case["args"], case["diffusion"]
+    golden, diffusion = load_tensors("disa", case["file"]), case["diffusion"]
     upper, lower, strategy = (diffusion[f"diff_{key}"] for key in ("upper_steps", "lower_steps", "annealing_strategy"))
     annealing = {
         "DiSA": StepAnnealing(upper, lower, strategy),
         "DDIM": StepAnnealing(upper, lower, strategy, last_timestep=980, spacing="leading"),
         "default": StepAnnealing(upper, upper, "constant", last_timestep=None),
     }[diffusion["diff_sampler"]]
-    settings: dict[str, Any] = {
-        "class_labels": args["labels"],
-        "num_iter": args["num_iter"],
-        "guidance_scale": args["cfg"] if args["cfg_schedule"] == "linear" else ConstantGuidance(args["cfg"]),
-        "annealing": annealing,
-        "temperature": args["temperature"],
-        "orders": golden["orders"],
-        "sampler": "ddim" if diffusion["diff_sampler"] == "DDIM" else "ddpm",
-    }
-    output = model.generate(**settings, noise=recorded_noise(golden, args["bsz"]))
-    atol = tolerance(golden["latents"], annealing.timesteps(0, args["num_iter"]))
-    torch.testing.assert_close(output.latents, golden["latents"], atol=atol, rtol=0)
-    assert output.trace.head_steps == case["steps_executed"]
+    settings = generation_settings(golden, case["args"]) | {"annealing": annealing}
+    settings["sampler"] = "ddim" if diffusion["diff_sampler"] == "DDIM" else "ddpm"
+    check_generation(model, golden, case, settings, annealing.timesteps(0, case["args"]["num_iter"]))
 
 
 def test_published_counts() -> None:
