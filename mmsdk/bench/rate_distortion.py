@@ -201,7 +201,9 @@ def _stored(
     for batch in images.split(batch_size):
         tokens = tokenizer.encode(batch, num_tokens)
         sizes += [len(one.to_bytes()) for one in tokens]
-        decoded.append(tokenizer.decode(tokens).images.cpu())
+        # Generative decoders draw what the tokens leave open, for each image anew.
+        generator = torch.Generator().manual_seed(len(decoded))
+        decoded.append(tokenizer.decode(tokens, generator).images.cpu())
     return _Setting(label, knob, sum(sizes) / len(sizes), torch.cat(decoded))
 
 

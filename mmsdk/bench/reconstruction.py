@@ -83,7 +83,7 @@ def reconstruction(
         tokenizer: ImageTokenizer = resolve(name).from_pretrained(source).eval()
         wanted = [k for k in counts if k <= tokenizer.max_tokens] if tokenizer.ordered else [tokenizer.max_tokens]
         scores, measured = {}, {}
-        for count, (decoded, quality, size) in _reconstruct(tokenizer, images, wanted, batch_size).items():
+        for count, (decoded, quality, size) in _reconstruct(tokenizer, images, wanted, batch_size, seed).items():
             table.append([name, count, size, quality, *judged(decoded)])
             scores[count], measured[count] = quality, table[-1][-1]
             sheet[f"{name} {count}"] = decoded[shown]
@@ -119,18 +119,21 @@ def reconstruction(
 
 
 def _reconstruct(
-    tokenizer: ImageTokenizer, images: Tensor, counts: Sequence[int], batch_size: int
+    tokenizer: ImageTokenizer, images: Tensor, counts: Sequence[int], batch_size: int, seed: int
 ) -> dict[int, tuple[Tensor, float, int]]:
     """Return images, mean PSNR and bits of the tokens of an image for each count; every image is encoded once."""
     decoded: dict[int, list[Tensor]] = {count: [] for count in counts}
     quality: dict[int, list[Tensor]] = {count: [] for count in counts}
     bits = {}
-    for batch in images.split(batch_size):
+    for first in range(0, len(images), batch_size):
+        batch = images[first : first + batch_size]
         reference = tokenizer.preprocess(batch)
         tokens = tokenizer.encode(reference)
         for count in counts:
             kept = tokens.truncate(count) if tokenizer.ordered else tokens
             bits[count] = int(kept.num_bits[0])
-            decoded[count].append(tokenizer.decode(kept).images.cpu())
+            # Generative decoders draw what the tokens leave open, for each image anew.
+            generator = torch.Generator().manual_seed(seed + first)
+            decoded[count].append(tokenizer.decode(kept, generator).images.cpu())
             quality[count].append(psnr(decoded[count][-1], reference.cpu()))
     return {k: (torch.cat(decoded[k]), float(torch.cat(quality[k]).mean()), bits[k]) for k in counts}
