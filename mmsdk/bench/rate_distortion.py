@@ -197,7 +197,8 @@ def _tokenized(
 def _stored(
     label: str, knob: str, tokenizer: ImageTokenizer, images: Tensor, num_tokens: int | None, batch_size: int
 ) -> _Setting:
-    decoded, sizes = [], []
+    decoded: list[Tensor] = []
+    sizes: list[int] = []
     for batch in images.split(batch_size):
         tokens = tokenizer.encode(batch, num_tokens)
         sizes += [len(one.to_bytes()) for one in tokens]
