@@ -104,7 +104,8 @@ class Trace:
         guidance: guidance scale of each step.
         head_steps: passes through the token head at each step of the generation, for heads that make several.
         head_rows: tokens in each of these passes, conditional and unconditional.
-        logits: per step `(batch, codebook_size)`: after guidance, before temperature, top-k and top-p.
+        logits: per step `(batch, codebook_size)`, or `(batch, tokens_per_step, codebook_size)` of several tokens: after
+            guidance, before temperature, top-k and top-p.
     """
 
     keep_logits: bool = False

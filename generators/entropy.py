@@ -25,12 +25,17 @@ class LlamaGenEntropyModel:
             too sure of others. The embedded models code unseen images best at about 1.6.
 
     Raises:
-        ValueError: the temperature is not a positive number.
+        ValueError: the temperature is not a positive number, or the model writes several tokens at once.
     """
 
     def __init__(self, model: LlamaGen, temperature: float = 1.6) -> None:
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature must be a positive number, received {temperature!r}.")
+        if model.tokens_per_step > 1:
+            raise ValueError(
+                f"An entropy model tells of one token after the other, but {type(model).__name__} writes "
+                f"{model.tokens_per_step} at once; pass a LlamaGen."
+            )
         self.model = model.eval()
         self.temperature = temperature
         self.codebook_size: int = model.config.codebook_size

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers import ModelMixin  # noqa: F401 - diffusers looks here for it when it loads a pipeline
+
 from generators.llamagen import LlamaGen
 
 

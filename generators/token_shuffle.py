@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 
 import torch
+from diffusers import ModelMixin  # noqa: F401 - diffusers looks here for it when it loads a pipeline
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from generators.guidance import combine
-from generators.llamagen import LlamaGen
+from generators.llamagen import LlamaGen, LlamaGenState
+from tokenizers_img.base import ImageTokenizer
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "silu": nn.SiLU, "relu": nn.ReLU}
+NORMS = ("pre", "post", "none")
 
 
 def _mlp(width: int, hidden_size: int, out_size: int, activation: str) -> nn.Sequential:
@@ -26,14 +29,15 @@ def _mlp(width: int, hidden_size: int, out_size: int, activation: str) -> nn.Seq
 class ResidualBlock(nn.Module):
     """A two-layer MLP beside the identity."""
 
-    def __init__(self, width: int, hidden_size: int, activation: str, norm: bool, norm_eps: float) -> None:
+    def __init__(self, width: int, hidden_size: int, activation: str, norm: str, norm_eps: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=norm_eps) if norm else nn.Identity()
+        self.is_post = norm == "post"
+        self.norm = nn.Identity() if norm == "none" else nn.RMSNorm(width, eps=norm_eps)
         self.mlp = _mlp(width, hidden_size, width, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(..., width)` to the same shape."""
-        return x + self.mlp(self.norm(x))
+        return self.norm(x + self.mlp(x)) if self.is_post else x + self.mlp(self.norm(x))
 
 
 class TokenShuffle(LlamaGen):
@@ -41,18 +45,20 @@ class TokenShuffle(LlamaGen):
 
     The embeddings of the tokens of a window are made narrow, laid side by side and mixed; behind the transformer the
     window is spread out again, and all its tokens are predicted at once from the windows before it. With
-    `shuffle_size=1` nothing is added, and this is LlamaGen with its weights and outputs.
+    `shuffle_size=1` nothing but the z-loss is added, and this is LlamaGen with its weights and outputs.
 
     Ids are in raster order everywhere but in `prefix`, `advance` and `step`, which take them window by window, those of
-    a window in raster order (`to_sequence`). The logits of a window do not depend on each other's tokens: draw
-    conservatively, or guide with `HalfLinearGuidance`, as in the paper.
+    a window in raster order (`to_sequence`); so are `uniforms` and the logits of a trace, `(batch, tokens_per_step,
+    codebook_size)` per step. What a generation yields or calls back with are all positions, -1 where there is no id
+    yet. The tokens of a window are drawn without knowing each other: draw conservatively, or guide with
+    `HalfLinearGuidance`, as in the paper.
 
     Args:
         shuffle_size: tokens along each side of a window; divides the side of the grid, and its square `hidden_size`.
         shuffle_blocks: residual MLPs that mix a window, before and behind the transformer each.
         shuffle_ratio: width of the hidden layers of all these MLPs, as a multiple of `hidden_size`.
         shuffle_activation: `"gelu"`, `"silu"` or `"relu"`.
-        shuffle_norm: normalise the input of each residual MLP.
+        shuffle_norm: where the residual MLPs normalise: `"pre"` (their input), `"post"` (the sum) or `"none"`.
         z_loss_weight: weight of the mean squared log of the softmax's denominator in the loss, which keeps it near 1.
         hidden_size: this and the others: see `LlamaGen`.
         num_layers: see there.
@@ -60,7 +66,7 @@ class TokenShuffle(LlamaGen):
         intermediate_size: see there.
         multiple_of: see there.
         codebook_size: see there.
-        max_tokens: see there; a square number.
+        max_tokens: see there; a square number where windows hold several tokens.
         condition: see there.
         num_classes: see there.
         caption_dim: see there.
@@ -72,10 +78,10 @@ class TokenShuffle(LlamaGen):
         token_dropout: see there.
         residual_dropout: see there.
         feed_forward_dropout: see there.
-        initializer_range: see there.
+        initializer_range: see there; the MLPs of the windows start as `nn.Linear` does.
 
     Raises:
-        ValueError: sizes are not positive or do not fit each other.
+        ValueError: sizes are not positive or do not fit each other, or a name is unknown.
     """
 
     registry_name = "token_shuffle"
@@ -87,7 +93,7 @@ class TokenShuffle(LlamaGen):
         shuffle_blocks: int = 2,
         shuffle_ratio: float = 1.0,
         shuffle_activation: str = "gelu",
-        shuffle_norm: bool = True,
+        shuffle_norm: str = "pre",
         z_loss_weight: float = 1e-5,
         hidden_size: int = 768,
         num_layers: int = 12,
@@ -110,22 +116,28 @@ class TokenShuffle(LlamaGen):
         initializer_range: float = 0.02,
     ) -> None:
         side = math.isqrt(max(max_tokens, 0))
-        if side**2 != max_tokens:
+        if shuffle_size != 1 and side**2 != max_tokens:
             raise ValueError(f"Windows need a square grid of tokens, got max_tokens={max_tokens}.")
-        if shuffle_size < 1 or side % shuffle_size:
+        if not isinstance(shuffle_size, int) or shuffle_size < 1 or side % shuffle_size:
             divisors = [size for size in range(1, side + 1) if side % size == 0]
             raise ValueError(
                 f"shuffle_size must divide the side of the grid, {side} tokens: one of {divisors}; got {shuffle_size}."
             )
         if hidden_size % shuffle_size**2:
             raise ValueError(f"hidden_size must divide by the {shuffle_size**2} tokens of a window, got {hidden_size}.")
-        if shuffle_blocks < 0 or not shuffle_ratio > 0 or not z_loss_weight >= 0:
+        if shuffle_blocks < 0:
+            raise ValueError(f"shuffle_blocks must be at least 0, got {shuffle_blocks}.")
+        if not 0 <= z_loss_weight < math.inf:
+            raise ValueError(f"z_loss_weight must be finite and at least 0, got {z_loss_weight}.")
+        if not 1 <= shuffle_ratio * hidden_size < math.inf:
             raise ValueError(
-                "shuffle_blocks and z_loss_weight must be at least 0 and shuffle_ratio above 0, got "
-                f"{shuffle_blocks}, {z_loss_weight} and {shuffle_ratio}."
+                f"shuffle_ratio must be finite and leave hidden layers a width of 1 or more, got {shuffle_ratio} of "
+                f"hidden_size={hidden_size}."
             )
         if shuffle_activation not in ACTIVATIONS:
             raise ValueError(f"shuffle_activation must be one of {list(ACTIVATIONS)}, got {shuffle_activation!r}.")
+        if shuffle_norm not in NORMS:
+            raise ValueError(f"shuffle_norm must be one of {list(NORMS)}, got {shuffle_norm!r}.")
         self.tokens_per_step = shuffle_size**2
         super().__init__(
             hidden_size, num_layers, num_heads, intermediate_size, multiple_of, codebook_size, max_tokens, condition,
@@ -141,6 +153,19 @@ class TokenShuffle(LlamaGen):
         self.mix_inputs = nn.Sequential(*(ResidualBlock(*block) for _ in range(shuffle_blocks)))
         self.mix_outputs = nn.Sequential(*(ResidualBlock(*block) for _ in range(shuffle_blocks)))
         self.expand = _mlp(narrow, hidden, hidden_size, shuffle_activation)
+
+    def check_tokenizer(self, image_tokenizer: ImageTokenizer) -> None:
+        """Check that this transformer writes the tokens of an image tokenizer, and that they lie in its grid.
+
+        Raises:
+            ValueError: it does not, or they do not.
+        """
+        super().check_tokenizer(image_tokenizer)
+        if self.tokens_per_step > 1 and image_tokenizer.grid != (self._side, self._side):
+            raise ValueError(
+                f"Windows need a grid of {self._side} x {self._side} tokens, but that of "
+                f"{type(image_tokenizer).__name__} is {image_tokenizer.grid}; use LlamaGen for tokens without a grid."
+            )
 
     # ------------------------------------------------------------------------------------------------ order
 
@@ -179,7 +204,13 @@ class TokenShuffle(LlamaGen):
     # ------------------------------------------------------------------------------------------------ windows
 
     def embed_tokens(self, token_ids: Tensor) -> Tensor:
-        """Embed windows `(batch, length * tokens_per_step)` as `(batch, length, hidden_size)`, without positions."""
+        """Embed windows `(batch, length * tokens_per_step)` as `(batch, length, hidden_size)`, without positions.
+
+        Raises:
+            ValueError: a window is incomplete.
+        """
+        if token_ids.shape[1] % self.tokens_per_step:
+            raise ValueError(f"Windows hold {self.tokens_per_step} tokens each, got ids {tuple(token_ids.shape)}.")
         embedded = super().embed_tokens(token_ids)
         if self.tokens_per_step == 1:
             return embedded
@@ -192,6 +223,29 @@ class TokenShuffle(LlamaGen):
             return super().predict(hidden)
         spread = self.mix_outputs(hidden).unflatten(-1, (self.tokens_per_step, -1))
         return super().predict(self.expand(spread)).flatten(-3, -2)
+
+    @torch.no_grad()
+    def step(self, token_ids: Tensor, state: LlamaGenState) -> Tensor:
+        """Append one window to every row; return the logits of the next one.
+
+        Args:
+            token_ids: `(rows, tokens_per_step)`; with `shuffle_size=1` `(rows,)`, as of LlamaGen.
+            state: changed in place.
+
+        Returns:
+            `(rows, tokens_per_step, codebook_size)`; with `shuffle_size=1` `(rows, codebook_size)`.
+
+        Raises:
+            ValueError: this is not one window for each row, or the state is full.
+        """
+        if self.tokens_per_step == 1:
+            return super().step(token_ids, state)
+        if token_ids.shape != (state.num_rows, self.tokens_per_step):
+            raise ValueError(
+                f"token_ids must be ({state.num_rows}, {self.tokens_per_step}), a window per row, got "
+                f"{tuple(token_ids.shape)}."
+            )
+        return self.forward_block(token_ids, state)
 
     def guided_logits(self, hidden: Tensor, batch: int, scale: float) -> Tensor:
         """Return the logits of the next window, `(batch, tokens_per_step, codebook_size)`; see `LlamaGen`."""

@@ -14,7 +14,7 @@ from generators.llamagen import LlamaGen
 from mmsdk.entropy import BATCH_SIZE, code_ids, cross_entropy, decode_ids
 from mmsdk.errors import TokenStreamError
 from mmsdk.tokens import ImageTokens, TokenSpec
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, tiny_token_shuffle
 
 SPEC = TokenSpec("one_d_piece", "0123456789abcdef", (16,), True, None, (64, 64), 8)
 
@@ -206,3 +206,8 @@ def test_embedded_models_code_pictures() -> None:
     data = tokens.to_bytes(entropy_model)
     assert ImageTokens.from_bytes(data, entropy_model=entropy_model).equal(tokens)
     assert len(data) <= len(tokens.to_bytes())
+
+
+def test_generators_of_windows_are_refused() -> None:
+    with pytest.raises(ValueError, match="TokenShuffle writes 4 at once; pass a LlamaGen"):
+        LlamaGenEntropyModel(tiny_token_shuffle())

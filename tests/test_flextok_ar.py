@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -57,3 +59,11 @@ def test_variation(pipeline: ARImagePipeline) -> None:
     tokens = pipeline.vary(image, 2, class_labels=3, generator=generator(1)).tokens.token_ids
     assert torch.equal(tokens[:, :2], known[:, :2])
     assert tokens.shape == known.shape
+
+
+def test_save_and_load(tmp_path: Path, pipeline: ARImagePipeline) -> None:
+    pipeline.save_pretrained(tmp_path)
+    loaded = ARImagePipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    one, other = (p(class_labels=1, generator=generator(2)).tokens.token_ids for p in (pipeline, loaded))
+    assert torch.equal(one, other)

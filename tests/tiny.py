@@ -193,7 +193,7 @@ def tiny_mar(seed: int = 0, std: float = 0.2, **overrides: Any) -> MAR:
 
 
 def tiny_token_shuffle(seed: int = 0, **overrides: Any) -> TokenShuffle:
-    """4 x 4 tokens of 32 ids in windows of 2 x 2, 5 classes or captions of 6 features."""
+    """4 x 4 tokens of 32 ids in windows of 2 x 2, 5 classes or captions of 16 features."""
     sizes: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "multiple_of": 8, "max_tokens": 16}
     sizes |= {"codebook_size": 32, "num_classes": 5}
     if overrides.get("condition") == "text":
