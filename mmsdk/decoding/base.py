@@ -69,18 +69,37 @@ class Verified:
     hidden_states: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Prefill:
+    """What the target made of the beginning of its sequences, for drafters that need its hidden states.
+
+    Attributes:
+        hidden_states: `(rows, length, hidden_size)` of the target's last layer after its norm, at every position before
+            the root; behind the rows of the batch come those without condition, where a generator is guided.
+        mask: `(rows, length)` bool, which of these positions are no padding.
+    """
+
+    hidden_states: Tensor
+    mask: Tensor
+
+
 class Drafter(ABC):
     """Proposes continuations of the sequences of a batch, and learns from what became of them.
 
     Attributes:
-        needs_hidden_states: whether `observe` needs the target's hidden states.
+        needs_hidden_states: whether `reset` and `observe` need the target's hidden states.
     """
 
     needs_hidden_states: ClassVar[bool] = False
 
     @abstractmethod
-    def reset(self, prompts: Sequence[Tensor]) -> None:
-        """Begin new sequences: one 1-D int64 tensor for each row, without padding, the last token included."""
+    def reset(self, prompts: Sequence[Tensor], prefill: Prefill | None = None) -> None:
+        """Begin new sequences: one 1-D int64 tensor for each row, without padding, the last token included.
+
+        Args:
+            prompts: the tokens.
+            prefill: what the target made of all of them but the last, for drafters that need its hidden states.
+        """
 
     @abstractmethod
     def propose(self, budget: int, generators: Sequence[Generator] | None = None) -> DraftTree:

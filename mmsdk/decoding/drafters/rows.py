@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Generator, Tensor
 
-from mmsdk.decoding.base import Drafter, Verified
+from mmsdk.decoding.base import Drafter, Prefill, Verified
 from mmsdk.decoding.tree import DraftTree
 
 
@@ -102,7 +102,7 @@ class RowDrafter(Drafter, Generic[RowT]):
         """Note that the sequence goes on with `ids`."""
         row.ids += ids
 
-    def reset(self, prompts: Sequence[Tensor]) -> None:
+    def reset(self, prompts: Sequence[Tensor], prefill: Prefill | None = None) -> None:
         """Begin new sequences: one 1-D int64 tensor for each row, without padding, the last token included.
 
         Raises:

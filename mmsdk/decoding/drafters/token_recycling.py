@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
-from mmsdk.decoding.base import Drafter, Verified
+from mmsdk.decoding.base import Drafter, Prefill, Verified
 from mmsdk.decoding.drafters.rows import check_at_least, check_prompts, check_verified
 from mmsdk.decoding.tree import DraftTree
 
@@ -85,7 +85,7 @@ class TokenRecycling(Drafter):
                 raise ValueError(f"initial_adjacency must hold ids from 0 to {self.vocab_size - 1}.")
         self._subtrees: dict[int, _Subtree] = {}
 
-    def reset(self, prompts: Sequence[Tensor]) -> None:
+    def reset(self, prompts: Sequence[Tensor], prefill: Prefill | None = None) -> None:
         """Begin new sequences, each with a table of its own.
 
         Raises:
