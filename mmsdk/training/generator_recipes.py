@@ -26,6 +26,7 @@ from generators.tokenbridge_ar import TokenBridgeAR
 from mmsdk.data.captions import MAX_PROMPT_TOKENS, train_caption_tokenizer
 from mmsdk.data.emoji import STYLES, EmojiDataset, EmojiRecord, caption_of
 from mmsdk.images import image_grid, tensor_to_pil
+from mmsdk.loading import resolve_pretrained
 from mmsdk.tokens import ImageTokens
 from mmsdk.training.loop import Recipe, TrainingConfig
 from mmsdk.training.tokenizer_recipes import to_float
@@ -154,14 +155,17 @@ class TextToImageRecipe(Recipe):
                 for part in (train, pair)
             )
         self.cumulative = sampling_weights(self.records)
-        texts = [" ".join((r.label, *r.tags)) for r in self.records] + list(STYLES) * 200
-        self.caption_tokenizer: PreTrainedTokenizerFast = (
-            train_caption_tokenizer(texts)
-            if self.caption_tokenizer_source is None
-            else PreTrainedTokenizerFast.from_pretrained(self.caption_tokenizer_source)
-        )
-        text_encoder = tiny_text_encoder(len(self.caption_tokenizer))
+        self.caption_tokenizer, text_encoder = self.build_text_encoder()
         return TextToImageModule(self.build(text_encoder.config.d_model), text_encoder)
+
+    def build_text_encoder(self) -> tuple[PreTrainedTokenizerFast, T5EncoderModel]:
+        """Learn the vocabulary of the captions, and build an encoder for it."""
+        if self.caption_tokenizer_source is None:
+            texts = [" ".join((r.label, *r.tags)) for r in self.records] + list(STYLES) * 200
+            tokenizer = train_caption_tokenizer(texts)
+        else:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(self.caption_tokenizer_source)
+        return tokenizer, tiny_text_encoder(len(tokenizer))
 
     def muon_parameters(self, module: Any) -> list[nn.Parameter]:
         """Return the hidden matrices of the transformer and of the text encoder, which learns much faster so."""
@@ -170,7 +174,7 @@ class TextToImageRecipe(Recipe):
             p
             for part in (*hidden, module.text_encoder.encoder.block)
             for name, p in part.named_parameters()
-            if p.ndim == 2 and "relative_attention_bias" not in name
+            if p.ndim == 2 and p.requires_grad and "relative_attention_bias" not in name
         ]
 
     def captions(self, texts: list[str]) -> dict[str, Tensor]:
@@ -464,9 +468,53 @@ class TokenBridgeARRecipe(MaskedRecipe):
         return self.image_tokenizer.decode(tokens).images
 
 
-class DraftMARRecipe(MARRecipe):
-    """A MAR of the same latents with a third of the layers, to draft for the other."""
+class DraftRecipe(TextToImageRecipe):
+    """A small transformer to draft for a finished one. It reads that one's text features, which stay as they are.
+
+    Args:
+        config: shared hyper-parameters.
+        tokenizer_source: folder or embedded name of the image tokenizer.
+        target_source: folder or embedded name of the pipeline to draft for.
+
+    Attributes:
+        default_target: its embedded name.
+    """
+
+    default_target: str
+
+    def __init__(
+        self,
+        config: TrainingConfig | None = None,
+        tokenizer_source: str | Path = "emoji-64",
+        target_source: str | Path | None = None,
+    ) -> None:
+        super().__init__(config, tokenizer_source)
+        self.target_source = self.default_target if target_source is None else target_source
+
+    def build_text_encoder(self) -> tuple[PreTrainedTokenizerFast, T5EncoderModel]:
+        """Load the target's."""
+        folder = Path(resolve_pretrained("ar_image_pipeline", self.target_source))
+        encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+        return PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"), encoder.requires_grad_(False)
+
+    def save(self, module: Any, folder: Path) -> None:
+        """Write the transformer alone."""
+        module.transformer.save_pretrained(folder)
+
+
+class DraftMARRecipe(DraftRecipe, MARRecipe):
+    """A MAR of the same latents with a third of the layers."""
 
     name = "mar_draft"
     default_steps = 9000
+    default_target = "emoji-64-mar"
     shape = {"encoder_shape": (128, 2, 2), "decoder_shape": (128, 1, 2), "head_shape": (192, 2)}
+
+
+class DraftLlamaGenRecipe(DraftRecipe, LlamaGenRecipe):
+    """A LlamaGen over the same grid tokens with a tenth of the parameters."""
+
+    name = "llamagen_draft"
+    default_steps = 5600
+    default_target = "emoji-64"
+    shape = {"hidden_size": 128, "num_layers": 2, "num_heads": 4, "multiple_of": 64}

@@ -17,6 +17,7 @@ RECIPES: dict[str, str] = {
     "one_d_piece": "mmsdk.training.tokenizer_recipes:OneDPieceRecipe",
     "flextok": "mmsdk.training.tokenizer_recipes:FlexTokRecipe",
     "llamagen": "mmsdk.training.generator_recipes:LlamaGenRecipe",
+    "llamagen_draft": "mmsdk.training.generator_recipes:DraftLlamaGenRecipe",
     "llamagen_1d": "mmsdk.training.generator_recipes:LlamaGen1DRecipe",
     "flextok_ar": "mmsdk.training.generator_recipes:FlexTokARRecipe",
     "token_shuffle": "mmsdk.training.generator_recipes:TokenShuffleRecipe",
