@@ -10,7 +10,7 @@ from numbers import Real
 from torch import Tensor
 
 
-def combine(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+def combine(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     """Return `uncond + (cond - uncond) * scale`, in the shape of its inputs."""
     return uncond + (cond - uncond) * scale
 

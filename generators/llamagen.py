@@ -105,10 +105,10 @@ class LlamaGenState:
     Attributes:
         length: number of slots that are filled.
         block_start: slot where the last block begins.
-        condition_hidden: `(rows, hidden_size)`; `model.predict` of it gives the logits of the first token.
+        condition_hidden_states: `(rows, condition_length, hidden_size)`, what the model made of the condition.
     """
 
-    condition_hidden: Tensor
+    condition_hidden_states: Tensor
 
     def __init__(self, cache: Tensor, condition_length: int, position_offset: int, key_bias: Tensor | None) -> None:
         self.condition_length = condition_length
@@ -127,6 +127,11 @@ class LlamaGenState:
         """Return the cache of one layer, to be written from the current length on."""
         keys, values = self._layers[index]
         return LayerCache(keys, values, self.length)
+
+    @property
+    def condition_hidden(self) -> Tensor:
+        """`(rows, hidden_size)`; `model.predict` of it gives the logits of the first token."""
+        return self.condition_hidden_states[:, -1]
 
     @property
     def num_rows(self) -> int:
@@ -163,6 +168,23 @@ class LlamaGenState:
             self._cache.narrow(-2, self.block_start, kept).copy_(moved)
         self.length = self.block_start + kept
 
+    def commit_rows(self, paths: Tensor, starts: Tensor) -> None:
+        """Move positions of the last block, other ones in each row, to where each row goes on.
+
+        The state then ends where the longest row does; of shorter ones, the slots behind them mean nothing.
+
+        Args:
+            paths: `(rows, k)` int64, offsets from the start of the block; after a row's own, any.
+            starts: `(rows,)` int64, slot that each row's first position moves to.
+        """
+        layers, parts, rows, heads, _, width = self._cache.shape
+        steps = torch.arange(paths.shape[1], device=paths.device)
+        source, target = (
+            slots[:, None, :, None].expand(layers, parts, rows, heads, -1, width)
+            for slots in (self.block_start + paths, starts[:, None] + steps)
+        )
+        self._cache.scatter_(-2, target, self._cache.gather(-2, source))
+
     def rollback(self, length: int) -> None:
         """Forget every slot from `length` on.
 
@@ -180,7 +202,7 @@ class LlamaGenState:
         """Keep only these rows, in that order; a slice copies nothing."""
         index = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self._cache.device)
         self._set_cache(self._cache[:, :, index])
-        self.condition_hidden = self.condition_hidden[index]
+        self.condition_hidden_states = self.condition_hidden_states[index]
         if self.key_bias is not None:
             self.key_bias = self.key_bias[index]
 
@@ -758,7 +780,7 @@ class LlamaGen(PretrainedModel):
 
     # ------------------------------------------------------------------------------------------------ decoding
 
-    def _extend(
+    def extend(
         self,
         hidden: Tensor,
         state: LlamaGenState,
@@ -784,6 +806,7 @@ class LlamaGen(PretrainedModel):
         caption_mask: Tensor | None = None,
         max_new_tokens: int | None = None,
         guided: bool = False,
+        draft_slots: int = 0,
     ) -> LlamaGenState:
         """Read the condition and return a state that is ready for the first token.
 
@@ -796,9 +819,10 @@ class LlamaGen(PretrainedModel):
             max_new_tokens: tokens to make room for; all by default.
             guided: add an unconditional row for every conditional one, behind all of those. It keeps the caption's
                 mask, as published.
+            draft_slots: slots to have beside those of the tokens, for drafts of which only some stay.
         """
         config = self.config
-        max_new_tokens = self.num_steps(self._check_num_tokens(max_new_tokens))
+        num_slots = self.num_steps(self._check_num_tokens(max_new_tokens)) + draft_slots
         condition = self.embed_condition(class_labels, caption_features, caption_mask)
         if guided:
             condition = torch.cat([condition, self.cls_embedding.unconditional().expand_as(condition)])
@@ -812,14 +836,14 @@ class LlamaGen(PretrainedModel):
             if not bool(columns.all()):
                 columns = columns.repeat(1 + guided, 1)
                 mask = self.build_attention_mask(columns, condition.shape[1])[:, None]
-                key_bias = torch.zeros(len(columns), 1, 1, condition.shape[1] + max_new_tokens).to(condition)
+                key_bias = torch.zeros(len(columns), 1, 1, condition.shape[1] + num_slots).to(condition)
                 key_bias[:, 0, 0, : condition.shape[1]].masked_fill_(~columns, float("-inf"))
 
         rows, length, _ = condition.shape
         head_dim = config.hidden_size // config.num_heads
-        cache = condition.new_empty(config.num_layers, 2, rows, config.num_heads, length + max_new_tokens, head_dim)
+        cache = condition.new_empty(config.num_layers, 2, rows, config.num_heads, length + num_slots, head_dim)
         state = LlamaGenState(cache, length, padding, key_bias)
-        state.condition_hidden = self._extend(condition, state, mask, is_causal=mask is None)[:, -1]
+        state.condition_hidden_states = self.extend(condition, state, mask, is_causal=mask is None)
         return state
 
     def _check_num_tokens(self, num_tokens: int | None) -> int:
@@ -875,12 +899,12 @@ class LlamaGen(PretrainedModel):
         mask[..., start:].masked_fill_(~block_mask, float("-inf"))
         if state.key_bias is not None:
             mask = mask + state.key_bias[..., : start + size]
-        return self._extend(hidden, state, mask, positions=positions)
+        return self.extend(hidden, state, mask, positions=positions)
 
     def _step(self, token_ids: Tensor, state: LlamaGenState, positions: Tensor | None = None) -> Tensor:
         """Append one token `(rows, 1)` to every row, unchecked; returns `(rows, 1, hidden_size)`."""
         mask = None if state.key_bias is None else state.key_bias[..., : state.length + 1]
-        return self._extend(self.embed_tokens(token_ids), state, mask, positions=positions)
+        return self.extend(self.embed_tokens(token_ids), state, mask, positions=positions)
 
     @torch.no_grad()
     def forward_block(

@@ -125,6 +125,32 @@ MODELS = (
         shared={"image_tokenizer": {"component": "vae", "source": "emoji-64"}},
     ),
     EmbeddedModel(
+        "emoji-64-mar-draft",
+        "mar_draft",
+        "mar",
+        "emoji-64-mar-draft: a small MAR that drafts for emoji-64-mar",
+        "A MAR with a third of the layers, which reads the text features of `emoji-64-mar`.",
+        "the noto, twemoji and fluent flat sets",
+    ),
+    EmbeddedModel(
+        "emoji-64-draft",
+        "llamagen_draft",
+        "llamagen",
+        "emoji-64-draft: a small LlamaGen that drafts for emoji-64",
+        "A LlamaGen of two narrow layers, which reads the text features of `emoji-64`.",
+        "the noto, twemoji and fluent flat sets",
+    ),
+    EmbeddedModel(
+        "emoji-64-token-shuffle",
+        "token_shuffle",
+        "ar_image_pipeline",
+        "emoji-64-token-shuffle: text to image over a finer grid",
+        "Token-Shuffle over a 16 x 16 grid of VQ tokens (codebook 1024), 2 x 2 of them at a step, with a small T5 "
+        "encoder trained along.",
+        "the noto, twemoji and fluent flat sets for the generator, all seven sets for the tokenizer",
+        settings={"presets": {"default": {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50}}},
+    ),
+    EmbeddedModel(
         "emoji-64-tokenbridge-ar",
         "tokenbridge_ar",
         "ar_image_pipeline",
@@ -182,7 +208,14 @@ INDEX = {
         "evaluator": "emoji-64-evaluator",
     },
     "emoji-vqa": {"vlm": "emoji-vqa"},
+    "emoji-64-draft": {"llamagen": "emoji-64-draft"},
     "emoji-64-mar": {"ar_image_pipeline": "emoji-64-mar", "mar": "emoji-64-mar/transformer"},
+    "emoji-64-mar-draft": {"mar": "emoji-64-mar-draft"},
+    "emoji-64-token-shuffle": {
+        "ar_image_pipeline": "emoji-64-token-shuffle",
+        "token_shuffle": "emoji-64-token-shuffle/transformer",
+        "vq": "emoji-64-token-shuffle/image_tokenizer",
+    },
     "emoji-64-tokenbridge-ar": {
         "ar_image_pipeline": "emoji-64-tokenbridge-ar",
         "tokenbridge_ar": "emoji-64-tokenbridge-ar/transformer",
