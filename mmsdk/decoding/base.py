@@ -34,10 +34,13 @@ class AcceptanceRule(ABC):
     Attributes:
         lossless: whether the tokens follow exactly the target's distribution (or are its greedy choice).
         needs_probs: whether drafts must tell the distribution that they were drawn from.
+        by_position: whether a number belongs to the place of a token, whatever the drafts are: the i-th number of a row
+            then draws the i-th token after the root, and those that are not used are passed again.
     """
 
     lossless: ClassVar[bool]
     needs_probs: ClassVar[bool] = False
+    by_position: ClassVar[bool] = False
 
     @abstractmethod
     def verify(self, tree: DraftTree, logits: Tensor, uniforms: Tensor) -> Decision:
@@ -48,7 +51,7 @@ class AcceptanceRule(ABC):
             logits: `(batch, n, vocab)`, what the target says after each node, processed: temperature and the like are
                 in it, and -inf stands for tokens that are excluded.
             uniforms: `(batch, n)` in [0, 1): the i-th examined candidate of a row uses its i-th number, the bonus token
-                its last. A rule that draws nothing ignores them.
+                its last; but see `by_position`. A rule that draws nothing ignores them.
         """
 
 
