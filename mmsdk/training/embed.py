@@ -121,7 +121,7 @@ MODELS = (
         "A text-conditional MAR over the latents of the embedded KL autoencoder, 2 x 2 of them to a token, with a "
         "small T5 encoder trained along.",
         "the noto, twemoji and fluent flat sets",
-        settings={"presets": {"default": {"num_iter": 16, "guidance_scale": 2.0, "annealing": {}}}},
+        settings={"presets": {"default": {"num_iter": 16, "guidance_scale": 2.0, "temperature": 0.9, "annealing": {}}}},
         shared={"image_tokenizer": {"component": "vae", "source": "emoji-64"}},
     ),
     EmbeddedModel(
