@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from generators.heads.diffusion import NUM_TIMESTEPS, SPACINGS, respaced_timesteps
 from mmsdk.errors import unknown_name
@@ -40,6 +41,8 @@ class StepAnnealing:
         ValueError: a number is out of its range.
         UnknownNameError: there is no such strategy or spacing.
     """
+
+    setting: ClassVar[str] = "annealing"  # the argument of generators that takes it
 
     upper: int = 50
     lower: int = 5

@@ -21,7 +21,9 @@ from torch import Generator, Tensor, nn
 from generators.base import Trace
 from generators.guidance import Guidance, IntervalGuidance, combine, make_guidance
 from generators.layers import Linear
-from mmsdk.decoding.sampling import check_sampling, draw_uniforms, process_logits, sample_inverse_cdf
+from generators.speculation import DRAFT_SLOTS, ConditionedDrafter, Conditions, LlamaGenTarget, speculate
+from mmsdk.decoding.decoder import SpeculativeDecoder
+from mmsdk.decoding.sampling import check_sampling, draw_uniforms, sample_ids
 from mmsdk.errors import CheckpointError, unknown_name
 from mmsdk.loading import load_into, load_original
 from mmsdk.modeling import PretrainedModel
@@ -55,6 +57,30 @@ _PUBLISHED_NAMES = {
 }
 _CONDITIONS = {"c2i": "class", "t2i": "text"}
 
+# LANTERN publishes LlamaGen (and its draft head) in the layout of transformers' Llama: other names, and other matrices.
+_LLAMA_KEYS = {
+    "model.embed_tokens.": "tok_embeddings.",
+    "model.cls_embedding.": "cls_embedding.",
+    "model.layers.": "layers.",
+    "model.norm.": "norm.",
+    "lm_head.": "output.",
+    ".self_attn.": ".attention.",
+    ".o_proj.": ".wo.",
+    ".mlp.gate_proj.": ".feed_forward.w1.",
+    ".mlp.up_proj.": ".feed_forward.w3.",
+    ".mlp.down_proj.": ".feed_forward.w2.",
+    ".input_layernorm.": ".attention_norm.",
+    ".post_attention_layernorm.": ".ffn_norm.",
+}
+_LLAMA_NAMES = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "rms_norm_eps": "norm_eps",
+    "vocab_size": "codebook_size",
+    "block_size": "max_tokens",
+    "cls_token_num": "num_condition_tokens",
+}
+
 
 @dataclass
 class LlamaGenForwardOutput(BaseOutput):
@@ -63,10 +89,13 @@ class LlamaGenForwardOutput(BaseOutput):
     Attributes:
         logits: `(batch, num_tokens, codebook_size)`; those at i predict token i from the condition and the ones before.
         loss: scalar mean cross entropy, where labels were given.
+        hidden_states: `(batch, num_condition_tokens + num_tokens - 1, hidden_size)`, where asked for: of the last layer
+            after its norm, the condition included.
     """
 
     logits: Tensor
     loss: Tensor | None = None
+    hidden_states: Tensor | None = None
 
 
 @dataclass
@@ -219,6 +248,25 @@ def rotary_table(grid_size: int, head_dim: int, base: float = 10000.0, num_condi
     columns = angles[None].expand(grid_size, -1, -1)
     grid = torch.cat([rows, columns], -1).flatten(0, 1)
     return F.pad(torch.polar(torch.ones_like(grid), grid), (0, 0, num_condition_tokens, 0))
+
+
+def check_sizes(positions: str, **sizes: int) -> None:
+    """Raise `ValueError` unless the sizes are positive and fit each other and the kind of positions."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    hidden_size, num_heads, max_tokens = sizes["hidden_size"], sizes["num_heads"], sizes["max_tokens"]
+    if hidden_size % num_heads:
+        raise ValueError(f"hidden_size must divide by num_heads, got {hidden_size} and {num_heads}.")
+    if positions not in ("rope2d", "learned"):
+        raise ValueError(f"positions must be 'rope2d' or 'learned', got {positions!r}.")
+    if positions == "rope2d":
+        if math.isqrt(max_tokens) ** 2 != max_tokens:
+            raise ValueError(f"2-D rotary positions need a square number of tokens, got max_tokens={max_tokens}.")
+        if hidden_size // num_heads % 4:
+            raise ValueError(
+                f"2-D rotary positions need a head dimension that divides by 4, got {hidden_size // num_heads}."
+            )
 
 
 def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
@@ -385,6 +433,9 @@ class LlamaGen(PretrainedModel):
         residual_dropout: dropout after attention, in training.
         feed_forward_dropout: dropout after the feed-forward layers, in training.
         initializer_range: standard deviation of the initial weights; the output layer starts at 0.
+        padding_attends: whether the padding of a caption attends to all that precedes it and to the whole caption, as
+            in LANTERN's version, or just to itself. Nothing attends to padding; only a draft head that was trained on
+            its states sees a difference.
     """
 
     registry_name = "llamagen"
@@ -414,31 +465,20 @@ class LlamaGen(PretrainedModel):
         residual_dropout: float = 0.1,
         feed_forward_dropout: float = 0.1,
         initializer_range: float = 0.02,
+        padding_attends: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "multiple_of": multiple_of,
-            "codebook_size": codebook_size,
-            "max_tokens": max_tokens,
-            "num_condition_tokens": num_condition_tokens,
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        if hidden_size % num_heads:
-            raise ValueError(f"hidden_size must divide by num_heads, got {hidden_size} and {num_heads}.")
-        if positions not in ("rope2d", "learned"):
-            raise ValueError(f"positions must be 'rope2d' or 'learned', got {positions!r}.")
-        if positions == "rope2d":
-            if math.isqrt(max_tokens) ** 2 != max_tokens:
-                raise ValueError(f"2-D rotary positions need a square number of tokens, got max_tokens={max_tokens}.")
-            if hidden_size // num_heads % 4:
-                raise ValueError(
-                    f"2-D rotary positions need a head dimension that divides by 4, got {hidden_size // num_heads}."
-                )
+        self.padding_attends = padding_attends
+        check_sizes(
+            positions,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            multiple_of=multiple_of,
+            codebook_size=codebook_size,
+            max_tokens=max_tokens,
+            num_condition_tokens=num_condition_tokens,
+        )
         if intermediate_size is None:
             intermediate_size = multiple_of * math.ceil(int(2 * 4 * hidden_size / 3) / multiple_of)
 
@@ -522,17 +562,24 @@ class LlamaGen(PretrainedModel):
         """Load a checkpoint in the published format.
 
         Args:
-            checkpoint: path, or state dict; nested under `model` or `module`, or plain.
+            checkpoint: path, or state dict; nested under `model` or `module`, or plain. LANTERN's version, in the
+                layout of transformers' Llama, is recognised by its keys.
             config: values that the shapes do not tell, under our names or the published ones (`dim`, `n_layer`, ...);
                 they go before what is inferred. Needed are `max_tokens` for models with rotary positions, since a
                 checkpoint of a 256 pixel model fits a 384 pixel one too, and `num_heads` for sizes that are not among
-                the presets.
+                the presets. For LANTERN's version it may be the published `config.json`; what it says beyond the sizes
+                is not used.
 
         Raises:
             CheckpointError: keys or shapes do not fit, or a needed value is neither given nor known.
         """
         state_dict = load_original(checkpoint)
-        values = _infer_config(state_dict) | _translate_config(config or {})
+        if "lm_head.weight" in state_dict:
+            state_dict = convert_llama_keys(state_dict)
+            given = {"norm_eps": 1e-6, "padding_attends": True} | translate_llama_config(config or {})
+        else:
+            given = _translate_config(config or {})
+        values = _infer_config(state_dict) | given
         for name, hint in (("num_heads", 16), ("max_tokens", 256)):
             if name not in values:
                 raise CheckpointError(
@@ -643,15 +690,18 @@ class LlamaGen(PretrainedModel):
     def build_attention_mask(self, caption_mask: Tensor, num_positions: int) -> Tensor:
         """Return who attends to whom, bool `(batch, num_positions, num_positions)`.
 
-        Causal, without the padding of the caption; every position attends to itself, so that no row is empty.
+        Causal, without the padding of the caption; every position attends to itself, so that no row is empty. What
+        padding attends to depends on `padding_attends`.
 
         Args:
             caption_mask: `(batch, num_condition_tokens)`, nonzero for real tokens.
             num_positions: condition and image positions.
         """
         columns = F.pad(caption_mask.bool(), (0, num_positions - caption_mask.shape[1]), value=True)
-        ones = torch.ones(num_positions, num_positions, dtype=torch.bool, device=columns.device)
-        return (ones.tril() & columns[:, None]) | torch.eye(num_positions, dtype=torch.bool, device=columns.device)
+        past = torch.ones(num_positions, num_positions, dtype=torch.bool, device=columns.device).tril()
+        if self.padding_attends:
+            return torch.where(columns[:, :, None], past & columns[:, None], past | columns[:, None])
+        return (past & columns[:, None]) | torch.eye(num_positions, dtype=torch.bool, device=columns.device)
 
     def num_steps(self, num_tokens: int) -> int:
         """Return how many positions so many tokens take."""
@@ -729,6 +779,7 @@ class LlamaGen(PretrainedModel):
         drop_condition: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        output_hidden_states: bool = False,
         return_dict: bool = True,
     ) -> LlamaGenForwardOutput | tuple[Tensor, ...]:
         """Predict every token from the condition and the tokens before it.
@@ -744,6 +795,7 @@ class LlamaGen(PretrainedModel):
             attention_mask: bool `(batch, length, length)` or `(length, length)` with `length = num_condition_tokens +
                 num_tokens - 1`, in place of the mask of `build_attention_mask`.
             labels: `(batch, num_tokens)`; gives the loss. Usually `token_ids`; -100 is left out.
+            output_hidden_states: return the states that the logits are made of, and those at the condition.
             return_dict: False returns a tuple.
         """
         if token_ids.ndim != 2 or not 1 <= token_ids.shape[1] <= self.config.max_tokens:
@@ -769,9 +821,12 @@ class LlamaGen(PretrainedModel):
         hidden = F.dropout(hidden, self.config.token_dropout, self.training)
         for layer in self.layers:
             hidden = layer(hidden, rotary, attention_mask, attention_mask is None)
-        logits = self.from_sequence(self.predict(self.norm(hidden[:, self.config.num_condition_tokens - 1 :])))
+        first = self.config.num_condition_tokens - 1
+        hidden = self.norm(hidden if output_hidden_states else hidden[:, first:])
+        logits = self.from_sequence(self.predict(hidden[:, first:] if output_hidden_states else hidden))
         loss = None if labels is None else self.token_loss(logits.float(), labels)
-        output = LlamaGenForwardOutput(logits=logits, loss=loss)
+        states = hidden if output_hidden_states else None
+        output = LlamaGenForwardOutput(logits=logits, loss=loss, hidden_states=states)
         return output if return_dict else output.to_tuple()
 
     def token_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -810,7 +865,8 @@ class LlamaGen(PretrainedModel):
     ) -> LlamaGenState:
         """Read the condition and return a state that is ready for the first token.
 
-        Padding that all captions share is left out, which changes nothing: nobody attends to it.
+        Padding that all captions share is left out, which changes nothing: nobody attends to it. Where it attends to
+        others (`padding_attends`), its states are wanted, and it stays.
 
         Args:
             class_labels: `(batch,)`, for class-conditional models.
@@ -831,7 +887,8 @@ class LlamaGen(PretrainedModel):
         mask = key_bias = None
         if caption_mask is not None:
             columns = caption_mask.bool()
-            padding = int(columns.any(0).int().argmax()) if bool(columns.any()) else config.num_condition_tokens - 1
+            if not self.padding_attends:
+                padding = int(columns.any(0).int().argmax()) if bool(columns.any()) else config.num_condition_tokens - 1
             condition, columns = condition[:, padding:], columns[:, padding:]
             if not bool(columns.all()):
                 columns = columns.repeat(1 + guided, 1)
@@ -935,6 +992,7 @@ class LlamaGen(PretrainedModel):
         top_p: float = 1.0,
         do_sample: bool = True,
         prefix: Tensor | None = None,
+        speculation: SpeculativeDecoder | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         uniforms: Tensor | None = None,
         trace: Trace | None = None,
@@ -961,7 +1019,10 @@ class LlamaGen(PretrainedModel):
         if uniforms is not None and generator is not None:
             raise ValueError("Pass uniforms or a generator, not both.")
 
-        state = self.prefill(class_labels, caption_features, caption_mask, num_tokens, guided=last_guided >= 0)
+        state = self.prefill(
+            class_labels, caption_features, caption_mask, num_tokens, guided=last_guided >= 0,
+            draft_slots=0 if speculation is None else DRAFT_SLOTS,
+        )  # fmt: skip
         batch = state.num_rows // 2 if last_guided >= 0 else state.num_rows
         if prefix is not None and len(prefix) != batch:
             raise ValueError(f"prefix must have one row for each of {batch} images, got {len(prefix)}.")
@@ -974,9 +1035,17 @@ class LlamaGen(PretrainedModel):
         device = state.condition_hidden.device
         if uniforms is not None and device.type != "mps":  # which has no float64; the sampler works on the CPU there
             uniforms = uniforms.to(device)
-        if trace is None:
-            trace = Trace()
-        return self._iterate(state, batch, scales, last_guided, (temperature, top_k, top_p), prefix, uniforms, trace)
+        trace = Trace() if trace is None else trace
+        sampling = (temperature, top_k, top_p)
+        if speculation is not None:
+            if isinstance(speculation.drafter, ConditionedDrafter):
+                arguments = {"class_labels": class_labels} if caption_features is None else {}
+                if caption_features is not None:
+                    arguments = {"caption_features": caption_features, "caption_mask": caption_mask}
+                speculation.drafter.condition(Conditions(arguments, scales))
+            target = LlamaGenTarget(self, state, batch, scales, trace)
+            return speculate(speculation, target, sampling, prefix, uniforms, generator, num_tokens)
+        return self._iterate(state, batch, scales, last_guided, sampling, prefix, uniforms, trace)
 
     def _check_prefix(self, prefix: Tensor, num_tokens: int) -> int:
         if prefix.ndim != 2 or not prefix.shape[1] < num_tokens:
@@ -1022,7 +1091,7 @@ class LlamaGen(PretrainedModel):
             trace.record_step(scale, logits)
             try:
                 draws = None if uniforms is None else uniforms[:, here]
-                token_ids[:, here] = _draw(logits.view(batch, size, -1), sampling, draws)
+                token_ids[:, here] = sample_ids(logits.view(batch, size, -1), sampling, draws)
             except ValueError as error:
                 raise ValueError(f"Token {here.start}: {error}") from error
             yield step, self._written(token_ids, here.stop)
@@ -1044,6 +1113,7 @@ class LlamaGen(PretrainedModel):
         top_p: float = 1.0,
         do_sample: bool = True,
         prefix: Tensor | None = None,
+        speculation: SpeculativeDecoder | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         uniforms: Tensor | None = None,
         callback: Callable[[int, Tensor], None] | None = None,
@@ -1068,9 +1138,12 @@ class LlamaGen(PretrainedModel):
             top_p: keep the most probable ids up to this sum; 1 keeps all.
             do_sample: False takes the most probable id.
             prefix: `(batch, k)` int64, the first k of the tokens, which are given; with k = 0 to `num_tokens` - 1.
+            speculation: writes several tokens with one forward; whether they are those that are written without, its
+                acceptance rule says.
             generator: one, or one per image; none draws with a new seed. The global one is never used.
             uniforms: `(batch, num_tokens)` in [0, 1), draws in place of a generator's.
-            callback: called as `callback(step, token_ids)` after every token, with `(batch, step + 1)` tokens.
+            callback: called as `callback(step, token_ids)` with `(batch, step + 1)` tokens: after every token, or with
+                `speculation` whenever all images have more of them.
             trace: filled with what is executed; `Trace(keep_logits=True)` also keeps the logits.
             return_dict: False returns `(token_ids, trace)`.
 
@@ -1080,22 +1153,12 @@ class LlamaGen(PretrainedModel):
         trace = Trace() if trace is None else trace
         steps = self.iter_generate(
             class_labels, caption_features, caption_mask, num_tokens, guidance_scale, cfg_interval, temperature, top_k,
-            top_p, do_sample, prefix, generator, uniforms, trace,
+            top_p, do_sample, prefix, speculation, generator, uniforms, trace,
         )  # fmt: skip
         for step, token_ids in steps:
             if callback is not None:
                 callback(step, token_ids)
         return LlamaGenOutput(token_ids=token_ids, trace=trace) if return_dict else (token_ids, trace)
-
-
-def _draw(logits: Tensor, sampling: tuple[float, int, float], uniforms: Tensor | None) -> Tensor:
-    """Return ids `(...)` of `logits` `(..., codebook_size)`: the largest, or drawn where there are uniforms `(...)`."""
-    if uniforms is not None:
-        return sample_inverse_cdf(torch.softmax(process_logits(logits, *sampling), -1), uniforms)
-    values, ids = logits.max(-1)
-    if not bool(values.isfinite().all()):
-        raise ValueError("The logits contain NaN or infinity.")
-    return ids
 
 
 def _check_ids(name: str, ids: Tensor, size: int) -> None:
@@ -1112,6 +1175,38 @@ def _check_uniforms(uniforms: Tensor, batch: int, num_tokens: int) -> None:
         raise ValueError(f"uniforms must be ({batch}, {num_tokens}), got {tuple(uniforms.shape)}.")
     if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
         raise ValueError("uniforms must be in [0, 1).")
+
+
+def convert_llama_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict in the layout of `LlamaGen` from one in that of transformers' Llama.
+
+    Keys that neither layout has stay, to be refused when they are loaded. LANTERN turns neighbouring pairs as LlamaGen
+    does, not halves as Llama does, so that no row moves.
+    """
+    converted = {}
+    for key, value in state_dict.items():
+        for llama, ours in _LLAMA_KEYS.items():
+            key = key.replace(llama, ours)
+        converted[key] = value
+    for key in [key for key in converted if key.endswith(".attention.q_proj.weight")]:
+        parts = [key.replace("q_proj", f"{name}_proj") for name in "qkv"]
+        if all(part in converted for part in parts):
+            converted[key.replace("q_proj", "wqkv")] = torch.cat([converted.pop(part) for part in parts])
+    return converted
+
+
+def translate_llama_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes in a configuration in the manner of transformers' Llama, under our names.
+
+    Raises:
+        CheckpointError: the model has fewer heads for keys than for queries, which none here has.
+    """
+    heads = {config[key] for key in ("num_attention_heads", "num_key_value_heads") if key in config}
+    if len(heads) > 1:
+        raise CheckpointError(f"num_key_value_heads must be num_attention_heads, got {sorted(heads)}.")
+    ours = {"hidden_size", "intermediate_size", "rope_base", *_LLAMA_NAMES.values()}
+    translated = {_LLAMA_NAMES.get(key, key): value for key, value in config.items()}
+    return {name: value for name, value in translated.items() if name in ours}
 
 
 def _infer_config(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from generators.annealing import StepAnnealing
 from generators.base import Trace
 from generators.guidance import Guidance
+from mmsdk.decoding.decoder import SpeculativeDecoder
 from mmsdk.errors import CheckpointError, unknown_name
 from mmsdk.images import load_images, tensor_to_pil
 from mmsdk.loading import REGISTRY, resolve, resolve_pretrained
@@ -33,6 +34,11 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent", "tokens")
 SHARED_FILE = "shared.json"
 _UNFINISHED = 0.5  # grey of grid cells that have no token yet
 _WHITE = 127  # grey values above it are masked
+# What accelerators need, by the argument of `iter_generate` that they are.
+_FITS = {
+    "annealing": "shortens the steps of a diffusion or flow head, as MAR, XAR and FlowAR have one",
+    "speculation": "drafts token ids that are written one after the other, as LlamaGen and FlexTokAR do",
+}
 # Arguments of `iter_generate` that the pipeline passes itself, or that only tests of a transformer need.
 _NOT_SETTINGS = (
     "class_labels", "caption_features", "caption_mask", "batch_size", "latents", "mask", "prefix", "generator",
@@ -195,7 +201,7 @@ class ARImagePipeline(DiffusionPipeline):
         temperature: float | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         preset: str = "default",
-        accelerator: StepAnnealing | None = None,
+        accelerator: StepAnnealing | SpeculativeDecoder | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int | None, dict[str, Any]], dict[str, Any] | None] | None = None,
@@ -212,7 +218,7 @@ class ARImagePipeline(DiffusionPipeline):
             temperature: divides the logits, or multiplies the noise of diffusion steps.
             generator: one for the whole call, or one for each image; then an image does not depend on its batch.
             preset: name of settings that were saved with the pipeline; arguments go before them.
-            accelerator: what makes the generation cheaper, such as `StepAnnealing`.
+            accelerator: what makes the generation cheaper: a `StepAnnealing`, or a `SpeculativeDecoder`.
             output_type: `pil`, `np`, `pt`, `latent` or `tokens`.
             return_dict: False returns `(images,)`.
             callback_on_step_end: called as `callback(pipeline, step, num_steps, {"token_ids": ids})` (or `"latents"`)
@@ -239,7 +245,7 @@ class ARImagePipeline(DiffusionPipeline):
         class_labels: int | Sequence[int] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         preset: str = "default",
-        accelerator: StepAnnealing | None = None,
+        accelerator: StepAnnealing | SpeculativeDecoder | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         **settings: Any,
@@ -333,7 +339,7 @@ class ARImagePipeline(DiffusionPipeline):
         temperature: float | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         preset: str = "default",
-        accelerator: StepAnnealing | None = None,
+        accelerator: StepAnnealing | SpeculativeDecoder | None = None,
         output_type: str = "pil",
         every: int | None = None,
         **settings: Any,
@@ -366,7 +372,7 @@ class ARImagePipeline(DiffusionPipeline):
         condition, batch = self._condition(prompt, class_labels, num_images_per_prompt)
         run = self._start(condition, batch, self._settings(preset, accelerator, given), generator, output_type)
         grid, ordered = self.image_tokenizer.grid, self.image_tokenizer.ordered
-        last = None
+        last, before = None, 0
         for index, (_, result) in enumerate(run.steps):
             done = self._done(result)
             count = done if isinstance(done, int) else int(done[0].sum())
@@ -375,8 +381,12 @@ class ARImagePipeline(DiffusionPipeline):
             elif not isinstance(done, int):
                 due = True
             else:
-                due = count & (count - 1) == 0 if ordered or grid is None else count % grid[1] == 0
-            last = result
+                # Drafts may bring several tokens at once, and step over the count that is waited for.
+                passed = count.bit_length(), before.bit_length()
+                if not ordered and grid is not None:
+                    passed = count // grid[1], before // grid[1]
+                due = passed[0] > passed[1]
+            last, before = result, count
             if count == run.num_tokens or not due:
                 continue
             tokens = self._tokens(result.clone()) if ordered else None
@@ -396,14 +406,14 @@ class ARImagePipeline(DiffusionPipeline):
             saved["annealing"] = StepAnnealing(**saved["annealing"])
         given = {key: value for key, value in given.items() if value is not None}
         if accelerator is not None:
-            if not isinstance(accelerator, StepAnnealing):
-                raise TypeError(f"accelerator must be a StepAnnealing, got {type(accelerator).__name__}.")
-            if "annealing" not in known:
-                raise ValueError(
-                    f"StepAnnealing shortens the steps of a diffusion or flow head; {name} chooses among token ids and "
-                    "has none. It fits MAR, XAR and FlowAR."
+            setting = getattr(type(accelerator), "setting", None)
+            if setting not in _FITS:
+                raise TypeError(
+                    f"accelerator must be a StepAnnealing or a SpeculativeDecoder, got {type(accelerator).__name__}."
                 )
-            given["annealing"] = accelerator
+            if setting not in known:
+                raise ValueError(f"{type(accelerator).__name__} {_FITS[setting]}; {name} is not such a generator.")
+            given[setting] = accelerator
         for one, other in (("num_steps", "annealing"), ("annealing", "num_steps")):
             if one in given:
                 saved.pop(other, None)
@@ -450,9 +460,11 @@ class ARImagePipeline(DiffusionPipeline):
     ) -> ARImagePipelineOutput | tuple[Any]:
         self._interrupt = False
         name = "latents" if self.transformer.generates == "latents" else "token_ids"
+        last = None
         with self.progress_bar(total=run.num_steps) as bar:
             for step, result in run.steps:
-                bar.update()
+                bar.update(1 if last is None else step - last)  # drafts may bring several steps at once
+                last = step
                 if callback is not None:
                     callback(self, step, run.num_steps, {name: result})
                 if self._interrupt and self.image_tokenizer.ordered:

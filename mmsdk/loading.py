@@ -29,6 +29,7 @@ REGISTRY: dict[str, str] = {
     "llamagen": "generators.llamagen:LlamaGen",
     "token_shuffle": "generators.token_shuffle:TokenShuffle",
     "flextok_ar": "generators.flextok_ar:FlexTokAR",
+    "feature_head": "generators.feature_head:FeatureHead",
     "mar": "generators.mar:MAR",
     "tokenbridge_ar": "generators.tokenbridge_ar:TokenBridgeAR",
     "xar": "generators.xar:XAR",

@@ -208,6 +208,7 @@ def third_party_imports(names: list[str]) -> set[str]:
 def test_imports_are_declared_dependencies(project: dict[str, Any]) -> None:
     extras = project["project"]["optional-dependencies"]
     declared = [*project["project"]["dependencies"], *extras["data"], *extras["bench"], *extras["entropy"]]
+    declared += extras["text"]
     names = {d.split(";")[0].strip().partition(">")[0].partition("=")[0].replace("-", "_").lower() for d in declared}
     # These are part of what is declared: transformers and diffusers are built on them.
     names |= {"huggingface_hub", "tokenizers"}

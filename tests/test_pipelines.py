@@ -350,7 +350,7 @@ def test_a_component_may_lie_with_another_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        ("grid", {"accelerator": StepAnnealing()}, "chooses among token ids and has none. It fits MAR"),
+        ("grid", {"accelerator": StepAnnealing()}, "as MAR, XAR and FlowAR have one; LlamaGen is not such"),
         ("grid", {"preset": "bset"}, "preset"),
         ("latent", {"num_tokens": 3}, "KLVAE needs all 64 tokens"),
         ("latent", {"num_steps": 5, "annealing": StepAnnealing()}, "not both"),
@@ -367,7 +367,7 @@ def test_a_setting_of_another_generator(grid: ARImagePipeline, latent: ARImagePi
         grid("pizza", num_iter=3)
     with pytest.raises(TypeError, match="MAR has no setting 'top_k'"):
         latent("pizza", top_k=3)
-    with pytest.raises(TypeError, match="accelerator must be a StepAnnealing, got int"):
+    with pytest.raises(TypeError, match="accelerator must be a StepAnnealing or a SpeculativeDecoder, got int"):
         latent("pizza", accelerator=3)
 
 

@@ -37,6 +37,7 @@ BENCHMARKS: dict[str, str] = {
     "prune-accuracy": "mmsdk.bench.prune_accuracy:prune_accuracy",
     "prune-select": "mmsdk.bench.prune_select:prune_select",
     "prune-vlm": "mmsdk.bench.prune_vlm:prune_vlm",
+    "drafters": "mmsdk.bench.drafters:drafters",
     "diffrate": "mmsdk.bench.diffrate:diffrate",
 }
 

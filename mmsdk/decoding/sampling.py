@@ -58,6 +58,25 @@ def sample_inverse_cdf(probs: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, (uniforms.double() * total).unsqueeze(-1), right=True).squeeze(-1)
 
 
+def sample_ids(logits: Tensor, sampling: tuple[float, int, float], uniforms: Tensor | None) -> Tensor:
+    """Return ids `(...)`: the most probable ones, or drawn where there are numbers to draw with.
+
+    Args:
+        logits: `(..., codebook_size)`.
+        sampling: temperature, top-k and top-p; of no use without numbers.
+        uniforms: `(...)` in [0, 1), or None.
+
+    Raises:
+        ValueError: the logits are not finite.
+    """
+    if uniforms is not None:
+        return sample_inverse_cdf(torch.softmax(process_logits(logits, *sampling), -1), uniforms)
+    values, ids = logits.max(-1)
+    if not bool(values.isfinite().all()):
+        raise ValueError("The logits contain NaN or infinity.")
+    return ids
+
+
 def draw_uniforms(generators: Generator | Sequence[Generator] | None, batch: int, num_draws: int = 1) -> Tensor:
     """Draw numbers in [0, 1) as `(batch, num_draws)` float64, on the device of the (first) generator.
 

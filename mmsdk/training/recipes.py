@@ -20,6 +20,7 @@ RECIPES: dict[str, str] = {
     "llamagen_draft": "mmsdk.training.generator_recipes:DraftLlamaGenRecipe",
     "llamagen_1d": "mmsdk.training.generator_recipes:LlamaGen1DRecipe",
     "flextok_ar": "mmsdk.training.generator_recipes:FlexTokARRecipe",
+    "feature_head": "mmsdk.training.feature_head_recipe:FeatureHeadRecipe",
     "token_shuffle": "mmsdk.training.generator_recipes:TokenShuffleRecipe",
     "mar": "mmsdk.training.generator_recipes:MARRecipe",
     "mar_draft": "mmsdk.training.generator_recipes:DraftMARRecipe",

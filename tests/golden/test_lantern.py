@@ -38,7 +38,10 @@ def to_tree(tensors: dict[str, Tensor], case: dict[str, Any]) -> tuple[DraftTree
     is_drawn = "draft_distributions" in tensors
     buffers = load_json("lantern", "tree_buffers.json")[case["tree"]] if is_drawn else None
     nodes: dict[tuple[int, ...], int] = {}
-    tokens, parents, logits, probs = [], [], [], []
+    tokens: list[int] = []
+    parents: list[int] = []
+    logits: list[Tensor] = []
+    probs: list[Tensor] = []
     for leaf, row in enumerate(tensors["candidates"].tolist()):
         for depth, token in enumerate(row):
             path = tuple(row[: depth + 1])
