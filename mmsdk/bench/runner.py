@@ -38,6 +38,7 @@ BENCHMARKS: dict[str, str] = {
     "prune-select": "mmsdk.bench.prune_select:prune_select",
     "prune-vlm": "mmsdk.bench.prune_vlm:prune_vlm",
     "drafters": "mmsdk.bench.drafters:drafters",
+    "speculative-text": "mmsdk.bench.speculative_text:speculative_text",
     "diffrate": "mmsdk.bench.diffrate:diffrate",
 }
 
