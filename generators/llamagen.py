@@ -1038,6 +1038,11 @@ class LlamaGen(PretrainedModel):
         trace = Trace() if trace is None else trace
         sampling = (temperature, top_k, top_p)
         if speculation is not None:
+            if not isinstance(speculation, SpeculativeDecoder):
+                raise TypeError(
+                    f"{type(self).__name__} writes token ids: speculation must be a SpeculativeDecoder, got "
+                    f"{type(speculation).__name__}."
+                )
             if isinstance(speculation.drafter, ConditionedDrafter):
                 arguments = {"class_labels": class_labels} if caption_features is None else {}
                 if caption_features is not None:

@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 
 from generators.annealing import StepAnnealing
 from generators.base import LatentGenerator, Trace
+from generators.continuous import ContinuousSpeculation, SharedNoise, Side
 from generators.guidance import Guidance, LinearGuidance
 from generators.heads.diffusion import SAMPLERS, DiffusionHead, DiffusionPlan, respaced_timesteps
 from generators.heads.flow import NoiseStream, check_labels, check_noise
@@ -528,11 +529,27 @@ class MaskedTransformer(LatentGenerator, PretrainedModel):
             tokens: `(batch, num_tokens, token_dim)`, where known.
             trace: counts the forward.
         """
-        step, copies = walk.steps[index], 1 if walk.scales[index] == 1.0 else 2
-        known, condition = step.known.repeat(copies, 1), walk.condition[: copies * len(tokens)]
-        encoded = self.encode(gather_positions(tokens, step.known).repeat(copies, 1, 1), known, condition)
+        step = walk.steps[index]
+        return self.features_at(walk.condition, walk.scales[index], tokens, step.known, step.positions, trace)
+
+    def features_at(
+        self, condition: Tensor, scale: float, tokens: Tensor, known: Tensor, positions: Tensor, trace: Trace
+    ) -> Tensor:
+        """Return `z` of positions `(batch, n)`, from the tokens that are known; see `features`.
+
+        Args:
+            condition: `(rows, buffer_size, width)`, unconditional rows behind the others.
+            scale: of the guidance; 1 needs no unconditional rows.
+            tokens: `(batch, num_tokens, token_dim)`.
+            known: positions of the tokens that are known, `(batch, k)`.
+            positions: positions to predict.
+            trace: counts the forward.
+        """
+        copies = 1 if scale == 1.0 else 2
+        seen, condition = known.repeat(copies, 1), condition[: copies * len(tokens)]
+        encoded = self.encode(gather_positions(tokens, known).repeat(copies, 1, 1), seen, condition)
         trace.record_forward(len(condition), self.config.buffer_size + self.num_tokens)
-        return self.decode(encoded, known, step.positions.repeat(copies, 1))
+        return self.decode(encoded, seen, positions.repeat(copies, 1))
 
 
 class MAR(MaskedTransformer):
@@ -684,6 +701,7 @@ class MAR(MaskedTransformer):
         annealing: StepAnnealing | None = None,
         temperature: float = 1.0,
         sampler: str = "ddpm",
+        speculation: ContinuousSpeculation | None = None,
         latents: Tensor | None = None,
         mask: Tensor | None = None,
         generator: Generator | Sequence[Generator] | None = None,
@@ -701,10 +719,12 @@ class MAR(MaskedTransformer):
             raise unknown_name("sampler", sampler, list(SAMPLERS))
         if num_steps is not None and annealing is not None:
             raise ValueError(f"Pass num_steps or annealing, not both; got num_steps={num_steps!r} and {annealing!r}.")
-        if None not in (noise, orders, generator):
+        if speculation is None and None not in (noise, orders, generator):
             raise ValueError("A generator has nothing to draw where orders and noise are given; leave it out.")
         if not isinstance(annealing, StepAnnealing | None):
             raise TypeError(f"annealing must be a StepAnnealing, got {annealing!r}.")
+        if speculation is not None:
+            self._check_speculation(speculation, sampler, temperature, orders, noise)
         timesteps = respaced_timesteps(100 if num_steps is None else num_steps)
         condition = self.generation_condition(class_labels, caption_features, caption_mask, batch_size)
         stream = NoiseStream(generator, len(condition))
@@ -712,6 +732,21 @@ class MAR(MaskedTransformer):
 
         schedules = [annealing.timesteps(s.step, num_iter) if annealing else timesteps for s in walk.steps]
         plans = {t: self.diffloss.plan(t) for t in dict.fromkeys(schedules)}
+        trace = Trace() if trace is None else trace
+        if speculation is not None:
+            target = Side(self, walk.condition, [plans[t] for t in schedules], trace)
+            small = speculation.draft
+            drafts = small.generation_condition(class_labels, caption_features, caption_mask, batch_size)
+            if walk.is_guided:
+                drafts = torch.cat([drafts, small.unconditional(len(drafts)).to(drafts.dtype)])
+            plans = {t: small.diffloss.plan(t) for t in plans}
+            draft = Side(small, drafts, [plans[t] for t in schedules], Trace())
+            if noise is None:
+                start = stream.draw(self.num_tokens, self.token_dim)
+                noise = start, stream.draw(self.num_tokens, max(map(len, schedules)), self.token_dim)
+            shared = SharedNoise(*(part.to(walk.tokens) for part in noise))
+            results = speculation.generate(walk, target, draft, num_iter, temperature, shared, stream)
+            return ((step, self.to_latents(tokens)) for step, tokens in results)
         if noise is not None:
             sizes = [(1 + len(t), *s.positions.shape) for t, s in zip(schedules, walk.steps, strict=True)]
             check_noise(noise, [(*size, self.token_dim) for size in sizes])
@@ -722,8 +757,30 @@ class MAR(MaskedTransformer):
             sampler,
             stream,
             noise,
-            Trace() if trace is None else trace,
+            trace,
         )
+
+    def _check_speculation(
+        self,
+        speculation: ContinuousSpeculation,
+        sampler: str,
+        temperature: float,
+        orders: Tensor | None,
+        noise: Sequence[Tensor] | None,
+    ) -> None:
+        if not isinstance(speculation, ContinuousSpeculation):
+            raise TypeError(
+                f"{type(self).__name__} writes continuous tokens: speculation must be a ContinuousSpeculation, got "
+                f"{type(speculation).__name__}."
+            )
+        speculation.check_target(self)
+        if sampler != "ddpm" or not temperature:
+            raise ValueError(
+                "Drafts are verified by the densities of sampling, which needs sampler='ddpm' and a temperature above "
+                f"0; got {sampler!r} and {temperature}."
+            )
+        if noise is not None and orders is None:
+            raise ValueError("With speculation, noise is that of positions, and needs orders.")
 
     @torch.no_grad()
     def _iterate(
@@ -766,6 +823,7 @@ class MAR(MaskedTransformer):
         annealing: StepAnnealing | None = None,
         temperature: float = 1.0,
         sampler: str = "ddpm",
+        speculation: ContinuousSpeculation | None = None,
         latents: Tensor | None = None,
         mask: Tensor | None = None,
         generator: Generator | Sequence[Generator] | None = None,
@@ -793,6 +851,7 @@ class MAR(MaskedTransformer):
             annealing: in place of `num_steps`: fewer steps as the generation goes on.
             temperature: factor of the noise of the diffusion steps.
             sampler: of the head, `"ddpm"` or `"ddim"`.
+            speculation: lets a smaller model draft several steps; whether the result follows this one, it says.
             latents: `(batch, latent_channels, h, w)`, images to regenerate in part; not changed where not masked.
             mask: the tokens of `latents` to regenerate, true where masked: bool `(num_tokens,)`, or
                 `(batch, num_tokens)` with as many in every row.
@@ -802,7 +861,9 @@ class MAR(MaskedTransformer):
             orders: `(batch, num_masked)`, for each image its masked positions; those that stand first come last. Drawn
                 by default.
             noise: for every step that predicts tokens `(1 + diffusion steps, batch, tokens, token_dim)` in place of a
-                generator's: what the tokens start from, then that of each diffusion step.
+                generator's: what the tokens start from, then that of each diffusion step. With `speculation`, what the
+                token of each position starts from, `(batch, num_tokens, token_dim)`, and its noise at each diffusion
+                index, `(batch, num_tokens, most, token_dim)`; a generator then draws for the verification alone.
             callback: called as `callback(step, latents)` after every step; tokens to come are zero.
             trace: filled with what is executed.
             return_dict: False returns `(latents, trace)`.
@@ -814,7 +875,7 @@ class MAR(MaskedTransformer):
         trace = Trace() if trace is None else trace
         steps = self.iter_generate(
             class_labels, caption_features, caption_mask, batch_size, num_iter, guidance_scale, num_steps, annealing,
-            temperature, sampler, latents, mask, generator, orders, noise, trace,
+            temperature, sampler, speculation, latents, mask, generator, orders, noise, trace,
         )  # fmt: skip
         for step, result in steps:
             if callback is not None:

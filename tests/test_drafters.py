@@ -27,6 +27,7 @@ from mmsdk.decoding.drafters.aded import ADED
 from mmsdk.decoding.drafters.cached_model import CachedModel
 from mmsdk.decoding.drafters.draft_model import DraftModel
 from mmsdk.decoding.drafters.dyspec import DySpec
+from mmsdk.decoding.drafters.early_exit import EarlyExit
 from mmsdk.decoding.drafters.prompt_lookup import PromptLookup
 from mmsdk.decoding.drafters.token_recycling import TokenRecycling, top_ids
 from mmsdk.decoding.sampling import draw_uniforms, process_logits, sample_inverse_cdf
@@ -68,6 +69,7 @@ MAKE: dict[str, Callable[[], Drafter]] = {
     "aded": lambda: ADED(),
     "dyspec": lambda: DySpec(llama(1)),
     "draft_model": lambda: DraftModel(llama(1), do_sample=True),
+    "early_exit": lambda: EarlyExit(llama(1), num_layers=1),
 }
 
 
@@ -237,7 +239,7 @@ def test_select_rows(name: str) -> None:
 def test_budget(name: str) -> None:
     table, most = bigrams(8), []
     drafter = TokenRecycling(8, top_k=4, tree=[(0,), (1,), (0, 0)]) if name == "token_recycling" else make(name)
-    if name in ("dyspec", "draft_model"):
+    if name in ("dyspec", "draft_model", "early_exit"):
         table = bigrams()
     prompts = prompts_of([40, 7], vocab=len(table), seed=5)
     for budget in (0, 1, 2, 3, 7):

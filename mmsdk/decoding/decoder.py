@@ -65,7 +65,8 @@ class DecodingStats:
     """What one run of the decoder took and brought.
 
     Attributes:
-        forwards: forwards of the target, that over the prompt included.
+        forwards: forwards of the target over trees; with `generate`, the first one is that over the prompts. What the
+            cost model measures does not count.
         row_forwards: the same, counted once for each row that took part.
         drafted: candidates.
         accepted: candidates that were accepted, also those behind an end.
@@ -145,8 +146,8 @@ class SpeculativeDecoder:
     see the rows of the batch and the ids that they would see without drafts, stopping criteria one row at a time. A row
     that ends within an accepted path is cut where it ends, and its cache too. The tokens are those of the model alone,
     up to ties within rounding, or follow its distribution: see `lossless`. See `HFTarget` for models and caches.
-    `generate` keeps its `tokenizer` and `streamer` to itself: instead of `stop_strings`, pass `StopStringCriteria` among
-    the `stopping_criteria`; instead of a streamer, a `callback`.
+    Instead of `stop_strings` and a `streamer`, whose objects `generate` keeps to itself, pass `StopStringCriteria` with
+    the `stopping_criteria`, and a `callback`.
 
     Other targets are driven with `decode`.
 

@@ -203,6 +203,12 @@ class HFTarget(TargetModel):
                 use_cache=True,
                 **inputs,
             )
+            # Some models count from 1, and others place their tokens by what they have kept from the prompt.
+            last = prepared.get("position_ids")
+            if last is None:
+                raise ValueError(
+                    f"{type(self.model).__name__} takes no positions, so it cannot place the nodes of a tree."
+                )
             output = self.model(**prepared, output_hidden_states=output_hidden_states, return_dict=True)
         except BaseException:
             self.restore()
@@ -214,7 +220,7 @@ class HFTarget(TargetModel):
         self._lengths = [self._slots] * batch
         self._num_nodes = 1
         self._is_prompt = None if attention_mask is None else attention_mask[:, :-1].to(device, torch.bool)
-        last = position_ids[..., -1:].to(device)
+        last = last[..., -1:].to(device)
         self._last_position = last.expand(*last.shape[:-2], batch, 1)
         logits, states = output.logits[:, -1:].float().to(input_ids.device), None
         if output_hidden_states:
