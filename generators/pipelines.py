@@ -19,8 +19,10 @@ from PIL import Image
 from torch import Generator, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from generators.accelerators import ACCELERATORS, make_accelerator
 from generators.annealing import StepAnnealing
 from generators.base import Trace
+from generators.continuous import ContinuousSpeculation
 from generators.guidance import Guidance
 from mmsdk.decoding.decoder import SpeculativeDecoder
 from mmsdk.errors import CheckpointError, unknown_name
@@ -37,7 +39,7 @@ _WHITE = 127  # grey values above it are masked
 # What accelerators need, by the argument of `iter_generate` that they are.
 _FITS = {
     "annealing": "shortens the steps of a diffusion or flow head, as MAR, XAR and FlowAR have one",
-    "speculation": "drafts token ids that are written one after the other, as LlamaGen and FlexTokAR do",
+    "speculation": "drafts tokens of LlamaGen, FlexTokAR or MAR",
 }
 # Arguments of `iter_generate` that the pipeline passes itself, or that only tests of a transformer need.
 _NOT_SETTINGS = (
@@ -121,6 +123,7 @@ class ARImagePipeline(DiffusionPipeline):
         )
         presets = {"default": {}} | {name: dict(settings) for name, settings in (presets or {}).items()}
         self.register_to_config(presets=presets)
+        self._accelerators: dict[tuple[str, torch.device], Any] = {}
         for name in presets:
             self._settings(name, None, {})
 
@@ -201,7 +204,7 @@ class ARImagePipeline(DiffusionPipeline):
         temperature: float | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         preset: str = "default",
-        accelerator: StepAnnealing | SpeculativeDecoder | None = None,
+        accelerator: str | StepAnnealing | SpeculativeDecoder | ContinuousSpeculation | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int | None, dict[str, Any]], dict[str, Any] | None] | None = None,
@@ -218,7 +221,8 @@ class ARImagePipeline(DiffusionPipeline):
             temperature: divides the logits, or multiplies the noise of diffusion steps.
             generator: one for the whole call, or one for each image; then an image does not depend on its batch.
             preset: name of settings that were saved with the pipeline; arguments go before them.
-            accelerator: what makes the generation cheaper: a `StepAnnealing`, or a `SpeculativeDecoder`.
+            accelerator: what makes the generation cheaper: a `StepAnnealing`, a `SpeculativeDecoder`, a
+                `ContinuousSpeculation`, or a name of `ACCELERATORS` for one with its defaults.
             output_type: `pil`, `np`, `pt`, `latent` or `tokens`.
             return_dict: False returns `(images,)`.
             callback_on_step_end: called as `callback(pipeline, step, num_steps, {"token_ids": ids})` (or `"latents"`)
@@ -245,7 +249,7 @@ class ARImagePipeline(DiffusionPipeline):
         class_labels: int | Sequence[int] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         preset: str = "default",
-        accelerator: StepAnnealing | SpeculativeDecoder | None = None,
+        accelerator: str | StepAnnealing | SpeculativeDecoder | ContinuousSpeculation | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         **settings: Any,
@@ -287,6 +291,7 @@ class ARImagePipeline(DiffusionPipeline):
         class_labels: int | Sequence[int] | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         preset: str = "default",
+        accelerator: str | StepAnnealing | SpeculativeDecoder | ContinuousSpeculation | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         **settings: Any,
@@ -300,6 +305,7 @@ class ARImagePipeline(DiffusionPipeline):
             class_labels: see a call; one for each image.
             generator: see a call.
             preset: see a call.
+            accelerator: see a call.
             output_type: see a call.
             return_dict: see a call.
             **settings: see a call; `guidance_scale`, `num_tokens` and `temperature` as well.
@@ -312,7 +318,7 @@ class ARImagePipeline(DiffusionPipeline):
                 f"The tokens of {type(self.image_tokenizer).__name__} are not ordered by importance, so that the first "
                 "are not the gist of an image; use inpaint, or a pipeline over One-D-Piece or FlexTok tokens."
             )
-        given = self._settings(preset, None, settings)
+        given = self._settings(preset, accelerator, settings)
         most = self._num_tokens(given.get("num_tokens")) - 1
         if (
             isinstance(num_kept_tokens, bool)
@@ -339,7 +345,7 @@ class ARImagePipeline(DiffusionPipeline):
         temperature: float | None = None,
         generator: Generator | Sequence[Generator] | None = None,
         preset: str = "default",
-        accelerator: StepAnnealing | SpeculativeDecoder | None = None,
+        accelerator: str | StepAnnealing | SpeculativeDecoder | ContinuousSpeculation | None = None,
         output_type: str = "pil",
         every: int | None = None,
         **settings: Any,
@@ -405,11 +411,17 @@ class ARImagePipeline(DiffusionPipeline):
         if isinstance(saved.get("annealing"), Mapping):
             saved["annealing"] = StepAnnealing(**saved["annealing"])
         given = {key: value for key, value in given.items() if value is not None}
+        if isinstance(accelerator, str):
+            key = (accelerator, self.device)
+            if key not in self._accelerators:
+                self._accelerators[key] = make_accelerator(accelerator, self)
+            accelerator = self._accelerators[key]
         if accelerator is not None:
             setting = getattr(type(accelerator), "setting", None)
             if setting not in _FITS:
                 raise TypeError(
-                    f"accelerator must be a StepAnnealing or a SpeculativeDecoder, got {type(accelerator).__name__}."
+                    "accelerator must be a StepAnnealing, a SpeculativeDecoder, a ContinuousSpeculation or one of "
+                    f"{', '.join(ACCELERATORS)}, got {type(accelerator).__name__}."
                 )
             if setting not in known:
                 raise ValueError(f"{type(accelerator).__name__} {_FITS[setting]}; {name} is not such a generator.")

@@ -31,7 +31,7 @@ from tests.test_llamagen import make_condition, make_model
 from tests.tiny import tiny_flextok, tiny_latent_pipeline, tiny_one_d_piece, tiny_pipeline, tiny_vq
 from tokenizers_img.one_d_piece import OneDPiece
 
-HELPERS = {"measure", "runner", "evaluator", "figures", "prompts"}
+HELPERS = {"measure", "runner", "evaluator", "figures", "prompts", "text_prompts"}
 SPLITS = {"train": 24, "pair": 8, "test": 8}
 LABELS = [a + b for a in "abcdefgh" for b in "aeiou"]
 

@@ -367,7 +367,7 @@ def test_a_setting_of_another_generator(grid: ARImagePipeline, latent: ARImagePi
         grid("pizza", num_iter=3)
     with pytest.raises(TypeError, match="MAR has no setting 'top_k'"):
         latent("pizza", top_k=3)
-    with pytest.raises(TypeError, match="accelerator must be a StepAnnealing or a SpeculativeDecoder, got int"):
+    with pytest.raises(TypeError, match="accelerator must be a StepAnnealing, .* got int"):
         latent("pizza", accelerator=3)
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from mmsdk.decoding.rules.lantern import nearest_codes
+
 
 @dataclass
 class QuantizerOutput(BaseOutput):
@@ -51,12 +53,27 @@ class VectorQuantizer(nn.Module):
         self.commitment_cost = commitment_cost
         self.embedding = nn.Embedding(codebook_size, dim)
         nn.init.uniform_(self.embedding.weight, -1.0 / codebook_size, 1.0 / codebook_size)
+        self._nearest: tuple[object, Tensor] | None = None
 
     @property
     def codebook(self) -> Tensor:
         """The rows that `dequantize` returns, `(codebook_size, dim)` in float32, normalised where `l2_norm`."""
         rows = self.embedding.weight.float()
         return F.normalize(rows, dim=-1) if self.l2_norm else rows
+
+    def nearest_codes(self, k: int) -> Tensor:
+        """Return the `k` codes nearest to each, without itself, `(codebook_size, k)` int64; see `nearest_codes`.
+
+        Computed once, and again where `k` is larger or the codebook has changed.
+
+        Raises:
+            ValueError: `k` is not 1 to `codebook_size - 1`.
+        """
+        weight = self.embedding.weight
+        state = (weight.data_ptr(), weight._version, weight.device)
+        if self._nearest is None or self._nearest[0] != state or not 1 <= k <= self._nearest[1].shape[1]:
+            self._nearest = (state, nearest_codes(self.codebook.detach(), k))
+        return self._nearest[1][:, :k]
 
     def quantize(self, latents: Tensor) -> Tensor:
         """Return the index `(...)` of the row nearest to each vector of `latents` `(..., dim)`."""

@@ -141,6 +141,14 @@ MODELS = (
         "the noto, twemoji and fluent flat sets",
     ),
     EmbeddedModel(
+        "emoji-64-head",
+        "feature_head",
+        "feature_head",
+        "emoji-64-head: a draft head over the states of emoji-64",
+        "One layer that predicts the next hidden state of `emoji-64`, as EAGLE and LANTERN draft.",
+        "the noto, twemoji and fluent flat sets",
+    ),
+    EmbeddedModel(
         "emoji-64-token-shuffle",
         "token_shuffle",
         "ar_image_pipeline",
@@ -209,6 +217,7 @@ INDEX = {
     },
     "emoji-vqa": {"vlm": "emoji-vqa"},
     "emoji-64-draft": {"llamagen": "emoji-64-draft"},
+    "emoji-64-head": {"feature_head": "emoji-64-head"},
     "emoji-64-mar": {"ar_image_pipeline": "emoji-64-mar", "mar": "emoji-64-mar/transformer"},
     "emoji-64-mar-draft": {"mar": "emoji-64-mar-draft"},
     "emoji-64-token-shuffle": {

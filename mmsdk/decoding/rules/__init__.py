@@ -1,6 +1,7 @@
 """Acceptance rules: how much of a draft the target would have said."""
 
 from mmsdk.decoding.base import AcceptanceRule
+from mmsdk.decoding.rules.continuous import Continuous
 from mmsdk.decoding.rules.greedy import Greedy
 from mmsdk.decoding.rules.kseq import KSeq
 from mmsdk.decoding.rules.lantern import Lantern
@@ -15,4 +16,4 @@ RULES: dict[str, type[AcceptanceRule]] = {
     "lantern": Lantern,
 }
 
-__all__ = ["RULES", "Greedy", "KSeq", "Lantern", "Matching", "Rejection"]
+__all__ = ["RULES", "Continuous", "Greedy", "KSeq", "Lantern", "Matching", "Rejection"]
