@@ -29,6 +29,8 @@ BENCHMARKS: dict[str, str] = {
     "prefix": "mmsdk.bench.prefix:prefix",
     "mar": "mmsdk.bench.mar:mar",
     "disa": "mmsdk.bench.disa:disa",
+    "lantern": "mmsdk.bench.lantern:lantern",
+    "cspd": "mmsdk.bench.cspd:cspd",
     "token-shuffle": "mmsdk.bench.token_shuffle:token_shuffle",
     "tokenbridge-ar": "mmsdk.bench.tokenbridge_ar:tokenbridge_ar",
     "flextok": "mmsdk.bench.flextok:flextok",
