@@ -79,6 +79,7 @@ class TokenShuffle(LlamaGen):
         residual_dropout: see there.
         feed_forward_dropout: see there.
         initializer_range: see there; the MLPs of the windows start as `nn.Linear` does.
+        padding_attends: see there.
 
     Raises:
         ValueError: sizes are not positive or do not fit each other, or a name is unknown.
@@ -114,6 +115,7 @@ class TokenShuffle(LlamaGen):
         residual_dropout: float = 0.1,
         feed_forward_dropout: float = 0.1,
         initializer_range: float = 0.02,
+        padding_attends: bool = False,
     ) -> None:
         side = math.isqrt(max(max_tokens, 0))
         if shuffle_size != 1 and side**2 != max_tokens:
@@ -142,7 +144,7 @@ class TokenShuffle(LlamaGen):
         super().__init__(
             hidden_size, num_layers, num_heads, intermediate_size, multiple_of, codebook_size, max_tokens, condition,
             num_classes, caption_dim, num_condition_tokens, positions, rope_base, norm_eps, condition_dropout,
-            token_dropout, residual_dropout, feed_forward_dropout, initializer_range,
+            token_dropout, residual_dropout, feed_forward_dropout, initializer_range, padding_attends,
         )  # fmt: skip
         self._side = side
         if self.tokens_per_step == 1:

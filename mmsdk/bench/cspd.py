@@ -54,9 +54,9 @@ def cspd(
     pipeline = load_pipeline(model)
     small = MAR.from_pretrained(draft).eval()
     prompts = PromptSet(split, [pipeline], num_prompts, styles, evaluator, seed=seed, cache_dir=cache_dir)
-    full = {"annealing": StepAnnealing(num_steps, num_steps, "constant", last_timestep=None)}
-    few = {"annealing": StepAnnealing()}
-    iterations = pipeline.config.presets["default"].get("num_iter", pipeline.transformer.config.max_tokens)
+    full: dict[str, Any] = {"annealing": StepAnnealing(num_steps, num_steps, "constant")}
+    few: dict[str, Any] = {"annealing": StepAnnealing()}
+    iterations = pipeline.config.presets["default"].get("num_iter", pipeline.transformer.num_tokens)
     methods: dict[str, tuple[Any, dict[str, Any]]] = {"target": (None, full)}
     for count in num_drafts:
         methods[f"CSpD, every {count}"] = (ContinuousSpeculation(small, count), full)
@@ -96,7 +96,7 @@ def cspd(
             prompts.note,
             f"{iterations} iterations of {num_steps} diffusion steps, in batches of {batch_size}, decoding included. "
             "Forwards of the target and of the draft, and acceptance, of the last batch.",
-            "The exact mode writes pictures one by one; its ratio is to the target drawing the same prompts one by one.",
+            "The exact mode draws picture by picture; its ratio is to the target drawing the same prompts so.",
         ],
         figures,
     )

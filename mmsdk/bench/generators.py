@@ -14,8 +14,13 @@ from mmsdk.bench.prompts import STYLES, PromptSet, load_pipeline
 from mmsdk.bench.runner import BenchResult
 
 EMBEDDED = (
-    "emoji-64", "emoji-64-1d", "emoji-64-mar", "emoji-64-tokenbridge-ar", "emoji-64-flextok-ar", "emoji-64-token-shuffle"
-)  # fmt: skip
+    "emoji-64",
+    "emoji-64-1d",
+    "emoji-64-mar",
+    "emoji-64-tokenbridge-ar",
+    "emoji-64-flextok-ar",
+    "emoji-64-token-shuffle",
+)
 
 
 def generators(
