@@ -21,13 +21,15 @@ def lantern(
     delta: float = 0.1,
     k: int = 1000,
     do_sample: bool = True,
+    mode: str = "paper",
     **settings: Any,
 ) -> SpeculativeDecoder:
     """Return a decoder that accepts drafts by the probability of their neighbours in the codebook, too.
 
     Papers: "LANTERN" (Jang et al. 2024, arXiv 2410.03355), "LANTERN++" (Park et al. 2025, arXiv 2502.06352). Not
     lossless: the larger `delta` is, the fewer forwards, and the further pictures stray. The neighbours are computed
-    once and kept with the tokenizer.
+    once and kept in memory with the tokenizer. What is accepted depends on what is drafted: for pictures that a seed
+    alone decides, give `num_candidates`, as otherwise the measured speed of the machine does.
 
     Args:
         pipeline: with a LlamaGen, and a tokenizer with a learned codebook.
@@ -36,6 +38,7 @@ def lantern(
             the token's own (LANTERN++).
         k: neighbours of each code that are considered; of small codebooks all.
         do_sample: False for generations that take the most probable tokens.
+        mode: `"paper"` or `"official"`, see `Lantern`.
         **settings: of `SpeculativeDecoder`, such as `num_candidates`.
 
     Raises:
@@ -59,5 +62,5 @@ def lantern(
     if isinstance(drafter, FeatureHead):
         drafter = FeatureDrafter(drafter, pipeline.transformer)
     neighbours = quantize.nearest_codes(min(k, quantize.codebook_size - 1))
-    rule = Lantern(neighbours, delta, neighbours.shape[1], do_sample)
+    rule = Lantern(neighbours, delta, neighbours.shape[1], do_sample, mode)
     return SpeculativeDecoder(drafter, rule, **settings)

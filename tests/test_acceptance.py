@@ -16,6 +16,7 @@ from mmsdk.decoding.rules.lantern import nearest_codes
 from mmsdk.decoding.rules.walk import SiblingRule
 from mmsdk.decoding.sampling import sample_inverse_cdf
 from mmsdk.decoding.tree import DraftTree
+from mmsdk.errors import UnknownNameError
 
 VOCAB = 4
 SAMPLES = 200_000
@@ -232,15 +233,54 @@ def test_lantern_by_hand(delta: float, relaxed: float) -> None:
         assert rule.verify(tree, logits, torch.tensor([[relaxed + 1e-6, 0]])).lengths.tolist() == [0]
 
 
-def test_lantern_takes_neighbours_with_a_refused_token() -> None:
+def test_what_a_refused_token_takes_with_it() -> None:
     neighbours = torch.tensor([[1, 2, 3], [0, 2, 3], [3, 1, 0], [2, 1, 0]])
     tree = DraftTree(torch.tensor([[0, 0]]), torch.tensor([[-1, 0]]))
     logits = lantern_target([0.2, 0.1, 0.3, 0.4])
-    bound = 0.11
-    _, rest = Lantern(neighbours, bound, k=1).walk(tree, logits, torch.tensor([[0.99, 0.0]]))
-    assert rest[0].tolist() == [0, 0, 0, 1]  # k + 1 neighbours, as published
-    _, rest = Lantern(neighbours, 0.05, k=1).walk(tree, logits, torch.tensor([[0.99, 0.0]]))
-    torch.testing.assert_close(rest[0], torch.tensor([0, 0.1, 0.3, 0.4]).double() / 0.8)  # none was added
+    numbers = torch.tensor([[0.99, 0.0]])
+
+    def rest(bound: float, k: int, mode: str) -> Tensor:
+        return Lantern(neighbours, bound, k=k, mode=mode).walk(tree, logits, numbers)[1][0]
+
+    assert rest(0.11, 1, "official").tolist() == [0, 0, 0, 1]  # k + 1 neighbours, as published
+    torch.testing.assert_close(rest(0.11, 2, "paper"), torch.tensor([0, 0, 0.3, 0.4]).double() / 0.7)  # one was added
+    for mode in ("official", "paper"):
+        torch.testing.assert_close(rest(0.05, 1, mode), torch.tensor([0, 0.1, 0.3, 0.4]).double() / 0.8)  # none was
+
+
+@pytest.mark.parametrize("delta", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize(("mode", "stays_within"), [("paper", True), ("official", False)])
+def test_one_chosen_candidate_changes_the_distribution_by_delta_at_most(
+    delta: float, mode: str, stays_within: bool
+) -> None:
+    probs = torch.tensor([0.02, 0.05, 0.13, 0.1, 0.3, 0.4], dtype=torch.float64)
+    neighbours = nearest_codes(torch.arange(6.0)[:, None], 5)
+    rule = Lantern(neighbours, delta, k=4, mode=mode)
+    distances = []
+    for token in range(6):
+        tree = DraftTree(torch.tensor([[0, token]]), torch.tensor([[-1, 0]]))
+        logits = torch.stack([probs, probs]).log()[None]
+        accepted, added = rule.relaxed(probs[None], torch.tensor([token]))
+        rest = rule.walk(tree, logits, torch.tensor([[1.0, 0.0]]).double())[1][0]
+        got = (1 - accepted) * rest
+        got[token] += accepted[0]
+        distances.append(float((got - probs).abs().sum() / 2))
+        if mode == "paper":
+            assert distances[-1] == pytest.approx(float(probs[neighbours[token, :4]][added[0]].sum()))
+    assert (max(distances) <= delta + 1e-9) == stays_within
+    assert max(distances) > 0
+
+
+def test_relaxed_drawn_candidates_by_hand() -> None:
+    """What the token was weighed as, with its neighbour's share, less what the draft offers of each."""
+    draft = torch.tensor([[[0.5, 0.2, 0.2, 0.1], [0.25] * 4]]).double()
+    tree = DraftTree(torch.tensor([[0, 0]]), torch.tensor([[-1, 0]]), draft)
+    rule = Lantern(torch.tensor([[1], [0], [3], [2]]), 0.15, k=1)
+    logits = lantern_target([0.2, 0.1, 0.3, 0.4])
+    assert rule.verify(tree, logits, torch.tensor([[0.599, 0.0]])).lengths.tolist() == [1]  # .3 over .5
+    assert rule.verify(tree, logits, torch.tensor([[0.601, 0.0]])).lengths.tolist() == [0]
+    rest = rule.walk(tree, logits, torch.tensor([[0.99, 0.0]]))[1][0]
+    torch.testing.assert_close(rest, torch.tensor([0, 0, 0.1, 0.3]).double() / 0.4)
 
 
 def test_greedy_lantern_takes_the_longest_path() -> None:
@@ -305,6 +345,8 @@ def test_bad_input() -> None:
         Lantern(neighbours.float(), k=2)
     with pytest.raises(ValueError, match="ids from 0 to 3"):
         Lantern(neighbours + 2, k=2)
+    with pytest.raises(UnknownNameError, match="Unknown mode 'papers'. Did you mean 'paper'"):
+        Lantern(neighbours, k=2, mode="papers")
     with pytest.raises(ValueError, match="k must be 1 to 3, one less than there are codes, got 4"):
         nearest_codes(torch.eye(4), 4)
     independent = DraftTree(torch.tensor([[0, 1, 1]]), torch.tensor([[-1, 0, 0]]), torch.full((1, 3, 4), 0.25), True)

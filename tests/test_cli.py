@@ -270,7 +270,7 @@ def test_generate_with_fewer_diffusion_steps(run: Run, fail: Run, models: Path) 
     assert "MAR has no setting 'num_iters'" in fail(*common[:-1], "num_iters=3", "-o", "b.png")
     assert "Unknown preset 'fast'" in fail(*common, "--preset", "fast", "-o", "b.png")
     common = ("generate", "pizza", "-m", models / "text", "--accelerate", "disa", "-o", "b.png")
-    assert "chooses among token ids" in fail(*common)
+    assert "LlamaGen is not such a generator" in fail(*common)
 
 
 # ---------------------------------------------------------------- edit

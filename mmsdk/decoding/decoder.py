@@ -226,7 +226,7 @@ class SpeculativeDecoder:
                 last one ends the row.
             generators: one for each row, or one that seeds them; None: those of the decoder.
             uniforms: `(batch, max_new_tokens)` in [0, 1), which draw the tokens of a rule `by_position`; None: drawn
-                from the generators. Other rules draw as many numbers as there are nodes in each round.
+                from the generators. Other rules draw as many numbers in each round as a tree may have nodes.
 
         Yields:
             The rounds. The state of the target and the drafter are ready for the next one.
@@ -278,7 +278,9 @@ class SpeculativeDecoder:
             if rule.by_position and uniforms is not None:
                 numbers = _upcoming(uniforms, rows, tokens, tree.num_nodes)
             else:
-                numbers = draw_uniforms([generators[row] for row in rows], len(rows), tree.num_nodes)
+                # The first one for the bonus token, and as many of others whatever the other rows draft.
+                numbers = draw_uniforms([generators[row] for row in rows], len(rows), size + 1)
+                numbers = torch.cat([numbers[:, 1 : tree.num_nodes], numbers[:, :1]], 1)
             # Some rules take no tree without candidates.
             decision = (rule if tree.num_nodes > 1 else plain).verify(tree, scores, numbers)
 

@@ -75,7 +75,7 @@ def test_decisions(name: str, case: dict[str, Any]) -> None:
         uniforms = torch.full((1, tree.num_nodes), 0.5, dtype=torch.float64)
         uniforms[0, : one["uniforms_used"]] = tensors["uniforms"]
         neighbours = recorded_neighbours()
-        rule: Any = Lantern(neighbours, one["lantern_delta"], one["lantern_k"], do_sample=not is_greedy)
+        rule: Any = Lantern(neighbours, one["lantern_delta"], one["lantern_k"], not is_greedy, mode="official")
         if not one["lantern"]:
             rule = Greedy() if is_greedy else Rejection()
         decision = rule.verify(tree, logits, uniforms)

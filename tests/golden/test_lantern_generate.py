@@ -105,7 +105,7 @@ def test_generations(name: str, case: dict[str, Any]) -> None:
         tree = {"tree_choices": choices, "do_sample": do_sample, **sampling}
     rule: Any = Rejection() if do_sample else Greedy()
     if args["lantern"]:
-        rule = Lantern(recorded_neighbours(), args["lantern_delta"], args["lantern_k"], do_sample=do_sample)
+        rule = Lantern(recorded_neighbours(), args["lantern_delta"], args["lantern_k"], do_sample, mode="official")
     drafter, uniforms = ReplayedDrafter(head, base, **tree), None
     if do_sample:
         drafter.recording = Recording(golden)

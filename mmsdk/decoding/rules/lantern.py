@@ -11,7 +11,9 @@ from torch import Tensor
 from mmsdk.decoding.base import Decision
 from mmsdk.decoding.rules.walk import SiblingRule, normalise, to_decision
 from mmsdk.decoding.tree import DraftTree
+from mmsdk.errors import unknown_name
 
+MODES = ("paper", "official")
 _CHUNK = 1024
 
 
@@ -55,9 +57,13 @@ class Lantern(SiblingRule[_Node]):
 
     Papers: "LANTERN: Accelerating Visual Autoregressive Models with Relaxed Speculative Decoding" (Jang et al. 2024,
     arXiv 2410.03355); "LANTERN++" (Park et al. 2025, arXiv 2502.06352). Of the `k` nearest codes, as many are added,
-    nearest first, as their sum stays within the bound. A refused token to which neighbours were added takes them with
-    it, `k + 1` of them as in the published code. Not lossless: pictures differ from those of the target, the more the
-    larger `delta` is.
+    nearest first, as their sum stays within the bound. Not lossless: pictures differ from those of the target, the more
+    the larger `delta` is.
+
+    What a refused token takes with it depends on the mode. `"paper"`: the neighbours that were added to it. A chosen
+    candidate then changes the distribution by what they sum up to, `delta` at most. `"official"`, as in the published
+    code: where any were added, its `k + 1` nearest ones. Then codes that nobody offered are lost; with a `k` near the
+    size of the codebook, almost all are.
 
     Drafts that were drawn without replacement are weighed with their distribution (the published static tree); chosen
     ones are accepted with the sum itself (the dynamic tree).
@@ -67,9 +73,11 @@ class Lantern(SiblingRule[_Node]):
         delta: up to 1, the largest sum that neighbours add (a bound on the total variation distance: LANTERN); above 1,
             they add up to `delta - 1` times the token's own probability (LANTERN++).
         k: neighbours that are considered.
-        do_sample: False accepts the tokens that their sum makes the most probable.
+        do_sample: False accepts the tokens that their sum makes the most probable; nothing is taken out.
+        mode: one of the above.
 
     Raises:
+        UnknownNameError: there is no such mode.
         ValueError: a value is out of its range.
     """
 
@@ -77,6 +85,7 @@ class Lantern(SiblingRule[_Node]):
     delta: float = 0.1
     k: int = 1000
     do_sample: bool = True
+    mode: str = "paper"
 
     lossless: ClassVar[bool] = False
 
@@ -93,6 +102,8 @@ class Lantern(SiblingRule[_Node]):
             raise ValueError(f"neighbours must be ids from 0 to {size - 1}.")
         if not 0 <= self.delta < float("inf"):
             raise ValueError(f"delta must be finite and at least 0, got {self.delta!r}.")
+        if self.mode not in MODES:
+            raise unknown_name("mode", self.mode, list(MODES))
 
     def check(self, tree: DraftTree) -> None:
         """Raise `ValueError` for siblings that were drawn with replacement."""
@@ -110,7 +121,7 @@ class Lantern(SiblingRule[_Node]):
 
     def acceptance(self, node: _Node, tokens: Tensor) -> Tensor:
         """Return the sum of the token's and its neighbours' probabilities over the draft's."""
-        relaxed, _ = self.relaxed(node.target, tokens)
+        relaxed = self.relaxed(node.target, tokens)[0]
         if node.draft is None:
             return relaxed
         draft = node.draft.gather(1, tokens[:, None])[:, 0]
@@ -124,29 +135,42 @@ class Lantern(SiblingRule[_Node]):
             tokens: `(batch,)`.
 
         Returns:
-            The sums `(batch,)`, and where there is a neighbour within the bound, bool `(batch,)`.
+            The sums `(batch,)`, and which of the `k` neighbours they hold, bool `(batch, k)`.
         """
         own = probs.gather(1, tokens[:, None])
+        near = self._near(tokens)
         if not self.delta:
-            return own[:, 0], torch.zeros_like(tokens, dtype=torch.bool)
-        sums = probs.gather(1, self.neighbours.to(tokens.device)[tokens, : self.k]).cumsum(1)
+            return own[:, 0], torch.zeros_like(near, dtype=torch.bool)
+        sums = probs.gather(1, near).cumsum(1)
         # Sums do not fall, so that those within the bound come first.
         is_within = sums <= (self.delta if self.delta <= 1 else (self.delta - 1) * own)
-        return own[:, 0] + torch.where(is_within, sums, 0.0).amax(1), is_within[:, 0]
+        return own[:, 0] + torch.where(is_within, sums, 0.0).amax(1), is_within
 
     def refuse(self, node: _Node, tokens: Tensor, refused: Tensor) -> None:
-        """Take out the token, and its neighbours where any were added; or the draft's share of all others."""
+        """Take out the token and the neighbours of the mode, and the draft's share of all others."""
         taken = tokens[:, None]
-        is_relaxed = self.relaxed(node.target, tokens)[1][:, None]
-        near = torch.where(is_relaxed, self.neighbours.to(tokens.device)[tokens, : self.k + 1], taken)
+        relaxed, is_within = self.relaxed(node.target, tokens)
+        if self.mode == "paper":
+            near = torch.where(is_within, self._near(tokens), taken)
+            # What the token was weighed as: the neighbours' share is its own.
+            target = node.target.scatter(1, near, 0.0).scatter(1, taken, relaxed[:, None])
+        else:
+            near = torch.where(is_within[:, :1], self.neighbours.to(tokens.device)[tokens, : self.k + 1], taken)
+            target = node.target
         if node.draft is None:
             left = node.target.scatter(1, taken, 0.0).scatter(1, near, 0.0)
         else:
-            share = torch.where(is_relaxed, node.draft.scatter(1, near, 0.0), node.draft)
-            left = (node.target - share).clamp_min(0)
+            share = node.draft
+            if self.mode == "official":
+                share = torch.where(is_within[:, :1], share.scatter(1, near, 0.0), share)
+            left = (target - share).clamp_min(0)
             node.draft = torch.where(refused[:, None], normalise(node.draft.scatter(1, taken, 0.0)), node.draft)
         left = torch.where(left.sum(1, keepdim=True) > 0, normalise(left), 1 / left.shape[1])
         node.target = torch.where(refused[:, None], left, node.target)
+
+    def _near(self, tokens: Tensor) -> Tensor:
+        """Return the neighbours `(batch, k)` that are considered."""
+        return self.neighbours.to(tokens.device)[tokens, : self.k]
 
     def rest(self, node: _Node) -> Tensor:
         """Return what is left of the target."""
