@@ -65,8 +65,9 @@ AccelerateOption = Annotated[
     Literal["disa", "lantern", "cspd", "recycling"] | None,
     typer.Option(
         help="disa: fewer diffusion or flow steps as the picture is completed (50 down to 5). lantern: a draft head, "
-        "and tokens that look alike count as one another. cspd: a small MAR drafts for a large one. recycling: drafts "
-        "from earlier predictions; the same pictures."
+        "and tokens that look alike count as one another; as many drafts as pay here, so that seeds do not repeat "
+        "pictures. cspd: a small MAR drafts for a large one. recycling: drafts from earlier predictions; the same "
+        "pictures."
     ),
 ]
 DraftOption = Annotated[
