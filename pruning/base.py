@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
+from mmsdk.caching import cache_of
 from pruning.vision import CropLayout, LayerAttention, attention_modules, attention_of, layouts_of, recording
 
 POSITIONS = ("contiguous", "original")
@@ -283,7 +284,7 @@ class Pruner(ABC):
         """Return whether a call has images, or goes on with a cache that holds fewer tokens than its caller sent."""
         if inputs.get("mm_encoder_outputs") is not None:
             return False
-        cache = inputs.get("past_key_values")
+        cache = cache_of(inputs)
         return _has_pixels(inputs) or (cache is not None and cache in self._histories)
 
     def _run(self, model: PreTrainedModel, name: str, original: Callable[..., Any], inputs: dict[str, Any]) -> Any:
@@ -311,7 +312,7 @@ class Pruner(ABC):
             if isinstance(output, Tensor):
                 return sequences
             output.sequences = sequences
-        cache = output.get("past_key_values") if isinstance(output, Mapping) else None
+        cache = cache_of(output) if isinstance(output, Mapping) else None
         # The rows of a cache after beam search are beams, which no later turn can go on with.
         if cache is not None and "beam_indices" not in output:
             past = prepared.history
@@ -334,7 +335,7 @@ class Pruner(ABC):
             raise ValueError(f"`attention_mask` is (batch, length), received {tuple(mask.shape)}.")
 
         # Columns of the conversation that the cache holds already, and how many are new.
-        cache = inputs.get("past_key_values")
+        cache = cache_of(inputs)
         cached = int(cache.get_seq_length()) if cache is not None else 0
         past = self._past(base, cache, cached, ids)
         extra = torch.arange(past.width, past.width + cached - past.columns.shape[1], device=ids.device)

@@ -13,6 +13,7 @@ from torch import LongTensor, Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from mmsdk.caching import cache_of
 from pruning.base import PruningReport, prefill_flops
 from pruning.vision import VisionRecord, attention_modules, recording
 
@@ -202,7 +203,7 @@ class _Work:
         hidden, *rest = args or (kwargs.pop("hidden_states"),)
         query, key = (calls.pop(self.method.layer - 1)[-1] for calls in (self.record.queries, self.record.keys))
         visual, self.visual, self.changes = self.visual, None, {}
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         batch, new = hidden.shape[:2]
         # The first layer of all, which has taken in the new columns, holds every one.
         seen = new if cache is None else int(cache.get_seq_length())

@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from mmsdk.caching import cache_of, with_cache
+
 # Queries per step when the attention map of a prompt is summed up.
 _QUERY_BLOCK = 256
 # Halvings of [0, 1] after which the search has used up float32.
@@ -468,7 +470,9 @@ class PrefixKV:
         return not any(self.layer_forget_ratios or (self.forget_ratio,))
 
     def cache(self, model: Any) -> PrefixKVCache:
-        """Make an empty cache for `model`, to pass as `past_key_values`, and to look into or to use for a chat.
+        """Make an empty cache for `model`, to look into or to use for a chat.
+
+        It is passed as `cache`, or as `past_key_values` before transformers 5.24.
 
         Raises:
             ValueError: as `PrefixKVCache`.
@@ -495,7 +499,7 @@ class PrefixKV:
         with self(model):
             for prompt in prompts:
                 cache = self.cache(model)
-                model(**prompt, past_key_values=cache, use_cache=True)
+                model(**with_cache(prompt, cache), use_cache=True)
                 found += map(list, zip(*cache.forget_ratios, strict=True))
         if not found:
             raise ValueError("profile needs at least one prompt, got none.")
@@ -529,16 +533,16 @@ class PrefixKV:
             decoder.set_attn_implementation(base)
 
     def _give_cache(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        past, use_cache = cache_of(kwargs), kwargs.get("use_cache")
         if isinstance(past, PrefixKVCache):
             return args, kwargs
         if past is None:
             if use_cache is None:
                 use_cache = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
-            return args, kwargs | {"past_key_values": self.cache(model)} if use_cache else kwargs
+            return args, with_cache(kwargs, self.cache(model)) if use_cache else kwargs
         if type(past) is not DynamicCache or past.get_seq_length():
             state = f"with {past.get_seq_length()} tokens" if type(past) is DynamicCache else ""
             raise ValueError(
                 f"PrefixKV takes no cache but its own or an empty one, got a {type(past).__name__} {state}."
             )
-        return args, kwargs | {"past_key_values": self.cache(model)}
+        return args, with_cache(kwargs, self.cache(model))

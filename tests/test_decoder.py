@@ -37,6 +37,7 @@ from transformers import (
     StopStringCriteria,
 )
 
+from mmsdk.caching import CACHE, cache_of
 from mmsdk.decoding.base import AcceptanceRule, Decision, Drafter, Prefill, Verified
 from mmsdk.decoding.cost import CostModel
 from mmsdk.decoding.decoder import SpeculativeDecoder
@@ -275,9 +276,7 @@ def test_a_cache_that_is_passed_holds_what_plain_decoding_leaves(kind: str) -> N
     caches, texts = [make_cache(model), make_cache(model)], [prompts(1)["input_ids"]] * 2
     for count in (12, 9):
         for i, extra in enumerate(({}, {"custom_generate": decoder})):
-            texts[i] = model.generate(
-                texts[i], max_new_tokens=count, do_sample=False, past_key_values=caches[i], **extra
-            )
+            texts[i] = model.generate(texts[i], max_new_tokens=count, do_sample=False, **{CACHE: caches[i]}, **extra)
         assert torch.equal(*texts)
         length = texts[0].shape[1] - 1
         assert int(caches[0].get_seq_length()) == int(caches[1].get_seq_length()) == length
@@ -285,7 +284,7 @@ def test_a_cache_that_is_passed_holds_what_plain_decoding_leaves(kind: str) -> N
             for expected, got in ((plain.keys, ours.keys), (plain.values, ours.values)):
                 torch.testing.assert_close(got[:, :, :length], expected[:, :, :length], atol=1e-4, rtol=1e-4)
     # Plain decoding goes on in a cache of ours.
-    more = [model.generate(texts[0], max_new_tokens=9, do_sample=False, past_key_values=cache) for cache in caches]
+    more = [model.generate(texts[0], max_new_tokens=9, do_sample=False, **{CACHE: cache}) for cache in caches]
     assert torch.equal(*more)
 
 
@@ -413,9 +412,9 @@ def test_returns_dictionaries(model: PreTrainedModel, batch: int) -> None:
     torch.testing.assert_close(plain.scores, ours.scores, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(plain.logits, ours.logits, atol=1e-4, rtol=1e-4)
     if batch == 1:
-        assert ours.past_key_values.get_seq_length() == ours.sequences.shape[1] - 1
+        assert cache_of(ours).get_seq_length() == ours.sequences.shape[1] - 1
     else:
-        assert ours.past_key_values is None
+        assert cache_of(ours) is None
 
 
 def test_drafters_get_the_states_that_they_need(model: PreTrainedModel) -> None:
@@ -676,21 +675,21 @@ def test_an_exception_leaves_model_and_cache_usable(kind: str) -> None:
     make_model, make_cache = MADE[kind]
     model = make_model()
     cache = make_cache(model)
-    prefix = model.generate(**prompts(1), do_sample=False, max_new_tokens=5, past_key_values=cache)
+    prefix = model.generate(**prompts(1), do_sample=False, max_new_tokens=5, **{CACHE: cache})
     length = int(cache.get_seq_length())
     drafter = Failing()
     decoder = SpeculativeDecoder(drafter, num_candidates=4)
     settings = {"do_sample": False, "max_new_tokens": 10}
     with pytest.raises(RuntimeError, match="in the middle"):
-        model.generate(prefix, **settings, past_key_values=cache, custom_generate=decoder)
+        model.generate(prefix, **settings, **{CACHE: cache}, custom_generate=decoder)
     assert int(cache.get_seq_length()) == length
     handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        model.generate(prefix, **settings, past_key_values=cache, custom_generate=decoder)
+        model.generate(prefix, **settings, **{CACHE: cache}, custom_generate=decoder)
     handle.remove()
     assert int(cache.get_seq_length()) == length
     drafter.fails = False
-    got = model.generate(prefix, **settings, past_key_values=cache, custom_generate=decoder)
+    got = model.generate(prefix, **settings, **{CACHE: cache}, custom_generate=decoder)
     assert torch.equal(got, model.generate(prefix, **settings))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
+from mmsdk.caching import CACHE, cache_of
 from pruning.divprune import DivPrune
 from pruning.fastv import FastV, last_attention
 from tests import tiny_vlms
@@ -128,7 +129,7 @@ def test_equals_layers_run_by_hand(family: str, attention: str, layer: int) -> N
     assert torch.equal(output.sequences[0, -NEW_TOKENS:], expected[:, :TEXT].argmax(-1))
     visual = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
     assert torch.equal(visual[method.report.kept[0]], kept[inputs["input_ids"][0, kept] == IMAGE])
-    lengths = [cached.keys.shape[2] for cached in output.past_key_values.layers]
+    lengths = [cached.keys.shape[2] for cached in cache_of(output).layers]
     whole = inputs["input_ids"].shape[1] + NEW_TOKENS - 1
     assert lengths == [whole] * layer + [len(kept) + NEW_TOKENS - 1] * (LAYERS - layer)
 
@@ -217,12 +218,12 @@ def test_forward_goes_on_from_the_cache(family: str, images: tuple[int, ...]) ->
         new = expected.sequences[:, -NEW_TOKENS:]
         for step in (1, 3):
             cache = DynamicCache()
-            logits = [model(**inputs, past_key_values=cache).logits[:, -1:]]
+            logits = [model(**inputs, **{CACHE: cache}).logits[:, -1:]]
             mask = inputs["attention_mask"]
             for start in range(0, NEW_TOKENS - 1, step):
                 ids = new[:, start : start + step]
                 mask = torch.cat([mask, torch.ones_like(ids)], 1)
-                logits.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits)
+                logits.append(model(input_ids=ids, attention_mask=mask, **{CACHE: cache}).logits)
             steps = torch.cat(logits, 1)
             torch.testing.assert_close(steps, torch.stack(expected.logits, 1), atol=2e-4, rtol=1e-3)
 
@@ -236,7 +237,7 @@ def test_chats(order: tuple[int, int]) -> None:
         first = generate(model, turns[0])
         ids = torch.cat([first.sequences, turns[1]["input_ids"]], 1)
         whole = turns[1] | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        second = generate(model, whole, past_key_values=first.past_key_values)
+        second = generate(model, whole, **{CACHE: cache_of(first)})
 
     whole = {"input_ids": second.sequences[:, :-1]}
     whole["pixel_values"] = torch.cat([turn["pixel_values"] for turn in turns if "pixel_values" in turn])
@@ -246,8 +247,8 @@ def test_chats(order: tuple[int, int]) -> None:
     for start, end in ((0, ends[0]), (ends[0], ends[1])):
         visual = start + (whole["input_ids"][0, start:end] == IMAGE).nonzero()[:, 0]
         keep[visual[attentions[end - 1, visual].topk(min(3, len(visual))).indices]] = True
-    assert second.past_key_values.layers[2].columns[0].tolist() == keep.nonzero()[:, 0].tolist()
-    assert [c.keys.shape[2] for c in second.past_key_values.layers] == [len(keep)] * 2 + [int(keep.sum())] * 2
+    assert cache_of(second).layers[2].columns[0].tolist() == keep.nonzero()[:, 0].tolist()
+    assert [c.keys.shape[2] for c in cache_of(second).layers] == [len(keep)] * 2 + [int(keep.sum())] * 2
 
     # The same by a mask over the whole conversation: later layers must not see what their cache lacks.
     mask = torch.ones(len(keep), len(keep), dtype=torch.bool).tril() & keep
@@ -273,7 +274,7 @@ def test_chats_in_a_batch_equal_those_alone() -> None:
         mask = torch.cat([first["attention_mask"], torch.ones(len(answer.sequences), NEW_TOKENS)], 1)
         second["input_ids"] = torch.cat([answer.sequences, second["input_ids"]], 1)
         second["attention_mask"] = torch.cat([mask, second["attention_mask"]], 1).long()
-        output = generate(model, second, past_key_values=answer.past_key_values)
+        output = generate(model, second, **{CACHE: cache_of(answer)})
         return output.sequences[:, -NEW_TOKENS:], torch.stack(output.logits, 1)
 
     with FastV(keep_ratio=0.25)(model):
@@ -289,18 +290,18 @@ def test_what_generation_does_with_caches() -> None:
     model, inputs = model_of("llava"), tiny_inputs(model_of("llava"), (1,))
     with FastV(keep_ratio=0.2)(model):
         expected = generate(model, inputs, max_new_tokens=12)
-        cache = expected.past_key_values
+        cache = cache_of(expected)
         cache.batch_repeat_interleave(3)
         cache.batch_select_indices(torch.tensor([2, 0]))
         cache.crop(-11)
         prompt = inputs["input_ids"].shape[1]
         ids = expected.sequences[:, prompt : prompt + 3].expand(2, -1)
         mask = torch.ones(2, prompt + 3, dtype=torch.long)
-        again = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+        again = model(input_ids=ids, attention_mask=mask, **{CACHE: cache}).logits
         torch.testing.assert_close(again[1], torch.cat(expected.logits[1:4]), atol=2e-4, rtol=1e-3)
         assert torch.equal(again[0], again[1])
         cache.reset()
-        afresh = model(**inputs, past_key_values=cache).logits[:, -1]
+        afresh = model(**inputs, **{CACHE: cache}).logits[:, -1]
         torch.testing.assert_close(afresh, expected.logits[0], atol=2e-4, rtol=1e-3)
 
 
@@ -370,7 +371,7 @@ def test_after_another_method_has_pruned() -> None:
     with outer(model), inner(model):
         output = generate(model, inputs)
     assert inner.report.tokens_before == (12,)
-    assert [c.keys.shape[2] - NEW_TOKENS + 1 for c in output.past_key_values.layers] == [
+    assert [c.keys.shape[2] - NEW_TOKENS + 1 for c in cache_of(output).layers] == [
         outer.report.prompt_after[0] - dropped for dropped in (0, 0, 8, 8)
     ]
 
@@ -442,7 +443,7 @@ def visual_end(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         ),
         (visual_end, "End the prompt with text"),
         (
-            lambda x: x | {"past_key_values": StaticCache(model_of("llava").config, max_cache_len=64)},
+            lambda x: x | {CACHE: StaticCache(model_of("llava").config, max_cache_len=64)},
             "needs a DynamicCache, received a StaticCache",
         ),
     ],

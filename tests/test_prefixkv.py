@@ -24,6 +24,7 @@ from transformers import (
     StaticCache,
 )
 
+from mmsdk.caching import CACHE, cache_of
 from pruning.prefixkv import (
     PrefixKV,
     PrefixKVCache,
@@ -186,11 +187,11 @@ def test_nothing_forgotten_is_plain_generate(name: str, attention: str) -> None:
         assert method.lossless
         with method(model):
             output = generate(model, inputs())
-        assert isinstance(output.past_key_values, PrefixKVCache)
+        assert isinstance(cache_of(output), PrefixKVCache)
         assert torch.equal(output.sequences, expected.sequences)
         for ours, plain in zip(output.logits, expected.logits, strict=True):
             assert torch.equal(ours, plain)
-    assert output.past_key_values.kept_lengths == [[sum(m) + NEW_TOKENS - 1 for m in inputs()["attention_mask"]]] * 3
+    assert cache_of(output).kept_lengths == [[sum(m) + NEW_TOKENS - 1 for m in inputs()["attention_mask"]]] * 3
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -202,7 +203,7 @@ def test_generate_equals_a_masked_forward(name: str, attention: str) -> None:
     model, method = build(attention=attention), PrefixKV(keep_ratio=0.4, distance=3)
     held: list[list[Tensor]] = []
     handle = model.register_forward_hook(
-        lambda _, __, kwargs, ___: held.append(stored(kwargs["past_key_values"])), with_kwargs=True
+        lambda _, __, kwargs, ___: held.append(stored(cache_of(kwargs))), with_kwargs=True
     )
     with method(model):
         output = generate(model, inputs())
@@ -213,7 +214,7 @@ def test_generate_equals_a_masked_forward(name: str, attention: str) -> None:
     torch.testing.assert_close(torch.stack(output.logits, 1), reference[:, length - 1 :], atol=1e-4, rtol=1e-4)
     plain = generate(model, inputs())
     assert not torch.allclose(torch.stack(output.logits, 1), torch.stack(plain.logits, 1), atol=1e-2)
-    cache = output.past_key_values
+    cache = cache_of(output)
     totals = inputs()["attention_mask"].sum(-1) + NEW_TOKENS - 1
     kept = torch.tensor(cache.kept_lengths)
     assert len(set(kept[:, 0].tolist())) > 1
@@ -232,7 +233,7 @@ def test_next_turn_of_a_chat() -> None:
     model, inputs = tiny_llama(), prompt()
     length, held = inputs["input_ids"].shape[1], []
     handle = model.register_forward_hook(
-        lambda _, __, kwargs, ___: held.append(stored(kwargs["past_key_values"])), with_kwargs=True
+        lambda _, __, kwargs, ___: held.append(stored(cache_of(kwargs))), with_kwargs=True
     )
     turn = torch.randint(1, 45, (2, 9), generator=torch.Generator().manual_seed(5))
     real = torch.ones_like(turn)
@@ -241,14 +242,14 @@ def test_next_turn_of_a_chat() -> None:
         first = generate(model, inputs)
         inputs = extended(inputs, first.sequences[:, length:])
         inputs = extended(inputs, turn.where(real.bool(), 0), real)
-        second = generate(model, inputs, past_key_values=first.past_key_values, max_new_tokens=1)
+        second = generate(model, inputs, **{CACHE: cache_of(first)}, max_new_tokens=1)
     handle.remove()
     # The last token of the first answer has not been seen before.
     chunks = [length] + [1] * (NEW_TOKENS - 1) + [1 + 9]
     reference = masked_reference(model, inputs, chunks, held)
     torch.testing.assert_close(second.logits[0], reference[:, -1], atol=1e-4, rtol=1e-4)
-    assert second.past_key_values is first.past_key_values
-    for layer, state in zip(second.past_key_values.managed, held[-1], strict=True):
+    assert cache_of(second) is cache_of(first)
+    for layer, state in zip(cache_of(second).managed, held[-1], strict=True):
         assert [row.total for row in layer.rows] == inputs["attention_mask"].sum(-1).tolist()
         assert [row.stored for row in layer.rows] == state.sum(-1).tolist()
         assert not bool((state & ~inputs["attention_mask"].bool()).any())
@@ -265,7 +266,7 @@ def test_batch_equals_single() -> None:
             alone = generate(model, {k: v[i : i + 1, -length:] for k, v in inputs.items()})
             logits = torch.stack(together.logits)[:, i], torch.stack(alone.logits)[:, 0]
             torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
-            for batched, single in zip(together.past_key_values.managed, alone.past_key_values.managed, strict=True):
+            for batched, single in zip(cache_of(together).managed, cache_of(alone).managed, strict=True):
                 positions = batched.positions[i][batched.positions[i] >= 0] - (24 - length)
                 assert torch.equal(positions, single.positions[0])
                 assert batched.rows[i] == single.rows[0]
@@ -278,9 +279,9 @@ def test_right_padding_of_a_prompt() -> None:
     ids = prompt((15,))["input_ids"]
     with method(model):
         left, right = method.cache(model), method.cache(model)
-        model(input_ids=ids, past_key_values=left)
+        model(input_ids=ids, **{CACHE: left})
         padded = {"input_ids": torch.cat([ids, ids[:, :3]], 1), "attention_mask": (torch.arange(18) < 15).long()[None]}
-        model(**padded, past_key_values=right)
+        model(**padded, **{CACHE: right})
     assert left.kept_lengths == right.kept_lengths
     for a, b in zip(left.managed, right.managed, strict=True):
         assert torch.equal(a.positions, b.positions)
@@ -300,7 +301,7 @@ def test_beams_and_samples() -> None:
             mask = alone["attention_mask"]
             step = alone | {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
             for token in beams.sequences[row, inputs["input_ids"].shape[1] :]:
-                logits = model(**step, past_key_values=cache).logits[0, -1]
+                logits = model(**step, **{CACHE: cache}).logits[0, -1]
                 score += float(logits.log_softmax(-1)[token])  # what is suppressed stays in the sum
                 mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
                 position = mask.sum(-1, keepdim=True) - 1
@@ -360,7 +361,7 @@ def test_prompt_of_few_tokens() -> None:
     for length in (1, 2, 3):
         with PrefixKV(layer_forget_ratios=[0.9] * 3)(model):
             output = generate(model, prompt((length,)))
-        kept = output.past_key_values.managed[0].positions[0].tolist()
+        kept = cache_of(output).managed[0].positions[0].tolist()
         assert kept[0] == 0 and kept[-1] == length + NEW_TOKENS - 2
 
 
@@ -373,11 +374,11 @@ def test_profile() -> None:
     with method(model):
         found = []
         for inputs in prompts:
-            ratios = model(**inputs).past_key_values.forget_ratios
+            ratios = cache_of(model(**inputs)).forget_ratios
             found += [[layer[row] for layer in ratios] for row in range(len(inputs["input_ids"]))]
     assert profiled.layer_forget_ratios == pytest.approx([sum(r) / 3 for r in zip(*found, strict=True)])
     with profiled(model):
-        cache = model(**prompts[0]).past_key_values
+        cache = cache_of(model(**prompts[0]))
     assert cache.kept_lengths == [[24 - round(r * 24), 17 - round(r * 17)] for r in profiled.layer_forget_ratios]
     with pytest.raises(ValueError, match="nothing to profile"):
         profiled.profile(model, prompts)
@@ -397,7 +398,7 @@ def test_sliding_layers_are_left_alone() -> None:
     with PrefixKV(keep_ratio=1.0)(model):
         assert torch.equal(generate(model, inputs).sequences, expected.sequences)
     with PrefixKV(keep_ratio=0.4)(model):
-        cache = generate(model, inputs).past_key_values
+        cache = cache_of(generate(model, inputs))
     assert len(cache.managed) == 2 and len(cache.kept_lengths) == 2
     assert [layer.keys.shape[2] for layer in cache.layers[::2]] == [5, 5]
     assert max(layer.keys.shape[2] for layer in cache.managed) < 24
@@ -425,11 +426,11 @@ def test_model_is_restored() -> None:
     assert model.config.text_config._attn_implementation == model.config.vision_config._attn_implementation == "sdpa"
     assert not model._forward_pre_hooks
     after = generate(model, inputs)
-    assert type(after.past_key_values) is DynamicCache
+    assert type(cache_of(after)) is DynamicCache
     assert torch.equal(after.sequences, expected)
     with method(model):
         assert torch.equal(generate(model, inputs).sequences, forgetful)
-        assert generate(model, inputs, use_cache=False).past_key_values is None
+        assert cache_of(generate(model, inputs, use_cache=False)) is None
         assert torch.equal(generate(model, inputs, use_cache=False).sequences, expected)
 
 
@@ -438,27 +439,27 @@ def test_a_reset_cache_is_as_new() -> None:
     model, inputs, method = tiny_llama(), prompt(), PrefixKV(keep_ratio=0.4)
     cache = method.cache(model)
     with method(model):
-        first = generate(model, inputs, past_key_values=cache).sequences
+        first = generate(model, inputs, **{CACHE: cache}).sequences
         cache.reset()
         assert cache.kept_lengths == [[]] * 3
-        assert torch.equal(generate(model, inputs, past_key_values=cache).sequences, first)
+        assert torch.equal(generate(model, inputs, **{CACHE: cache}).sequences, first)
 
 
 @torch.no_grad()
 def test_refused_use() -> None:
     model, inputs, method = tiny_llama(), prompt(), PrefixKV(keep_ratio=0.5)
     with pytest.raises(RuntimeError, match=r"works only within `with PrefixKV"):
-        generate(model, inputs, past_key_values=method.cache(model))
+        generate(model, inputs, **{CACHE: method.cache(model)})
     with method(model):
         with pytest.raises(ValueError, match="got a StaticCache"):
-            generate(model, inputs, past_key_values=StaticCache(config=model.config, max_cache_len=64))
-        with pytest.raises(ValueError, match="cannot take tokens back"):
+            generate(model, inputs, **{CACHE: StaticCache(config=model.config, max_cache_len=64)})
+        with pytest.raises(ValueError, match="cannot take tokens back|can be cropped"):
             generate(model, prompt((24,)), prompt_lookup_num_tokens=2)
         # A model that failed is none the worse for it.
         assert generate(model, inputs).sequences.shape == (2, 24 + NEW_TOKENS)
-    filled = generate(model, inputs).past_key_values
+    filled = cache_of(generate(model, inputs))
     with method(model), pytest.raises(ValueError, match="got a DynamicCache with 30 tokens"):
-        model(input_ids=torch.tensor([[1], [2]]), past_key_values=filled)
+        model(input_ids=torch.tensor([[1], [2]]), **{CACHE: filled})
     model.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="sdpa or eager, got 'flex_attention'"), method(model):
         pass

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from mmsdk.caching import CACHE, cache_of
 from mmsdk.loading import PRUNERS, resolve
 from pruning.base import Pruner, PruningContext
 from pruning.divprune import DivPrune
@@ -268,7 +269,7 @@ def test_chats_go_on_from_the_cache(family: str, positions: str, new_image: bool
     with pruner(model):
         answer = generate(model, first, return_dict_in_generate=True)
         whole = turn_after(model, answer.sequences, first["attention_mask"], second)
-        cached = generate(model, {**whole, "past_key_values": answer.past_key_values}, return_dict_in_generate=True)
+        cached = generate(model, {**whole, CACHE: cache_of(answer)}, return_dict_in_generate=True)
         assert torch.equal(cached.sequences[:, :-4], whole["input_ids"])
         # Without the cache, all images are encoded and pruned again.
         everything = dict(whole)
@@ -283,7 +284,7 @@ def test_chats_go_on_from_the_cache(family: str, positions: str, new_image: bool
         turn |= {k: v for k, v in whole.items() if "type_ids" in k}
         last = turn_after(model, cached.sequences, whole["attention_mask"], turn)
         again = generate(model, {**everything, **last})
-        brief = {**last, "input_ids": last["input_ids"][:, -4:], "past_key_values": cached.past_key_values}
+        brief = {**last, "input_ids": last["input_ids"][:, -4:], CACHE: cache_of(cached)}
         assert torch.equal(generate(model, brief)[:, 4:], again[:, -4:])
 
 
@@ -314,8 +315,8 @@ def test_forward_goes_on_from_the_cache(family: str) -> None:
         tokens = [output.logits[:, -1].argmax(-1)]
         while len(tokens) < 4:
             mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-            cache = output.past_key_values
-            output = model(input_ids=tokens[-1][:, None], attention_mask=mask, past_key_values=cache, use_cache=True)
+            cache = cache_of(output)
+            output = model(input_ids=tokens[-1][:, None], attention_mask=mask, **{CACHE: cache}, use_cache=True)
             tokens.append(output.logits[:, -1].argmax(-1))
     assert torch.equal(torch.stack(tokens, 1), expected)
     assert len(pruner.report.kept) == 3  # of the call with images, not of the last one
@@ -419,7 +420,7 @@ def test_the_innermost_block_prunes(same: bool) -> None:
             answer = generate(model, inputs, return_dict_in_generate=True)
             assert inner.report.tokens_after == (inner.num_tokens,)
             whole = turn_after(model, answer.sequences, inputs["attention_mask"], tiny_inputs(model, (0,)))
-            generate(model, {**whole, "past_key_values": answer.past_key_values})
+            generate(model, {**whole, CACHE: cache_of(answer)})
         assert torch.equal(generate(model, inputs), once)
         assert outer.report.tokens_after == (3,)
 
@@ -834,7 +835,7 @@ def test_caches_that_do_not_fit() -> None:
     with DivPrune(keep_ratio=0.5)(model):
         answer = generate(model, inputs, return_dict_in_generate=True)
         with pytest.raises(ValueError, match="columns and the mask .* stands for"):
-            generate(model, {**inputs, "past_key_values": answer.past_key_values})
+            generate(model, {**inputs, CACHE: cache_of(answer)})
 
 
 @pytest.mark.parametrize("indices", [[1, 0], [0, 0], [-1, 3], [3, 99], [], [[0]], [0.5]])

@@ -31,6 +31,7 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from mmsdk.caching import CACHE, OLD_NAME, cache_of
 from mmsdk.decoding.base import AcceptanceRule, Decision, Drafter, Prefill, Verified
 from mmsdk.decoding.cost import NODES, CostModel
 from mmsdk.decoding.drafters.rows import check_at_least, new_tokens
@@ -354,8 +355,12 @@ class SpeculativeDecoder:
         self._rule(do_sample)
         text = _Text(input_ids, generation_config, logits_processor, stopping_criteria)
         prompts = text.prompts(model_kwargs.get("attention_mask"))
-        model_kwargs.pop("use_cache", None)  # without a cache there is nothing to go on with
-        prefill = target.prefill(input_ids, output_hidden_states=self.drafter.needs_hidden_states, **model_kwargs)
+        cache = cache_of(model_kwargs)
+        for name in ("use_cache", CACHE, OLD_NAME):  # without a cache there is nothing to go on with
+            model_kwargs.pop(name, None)
+        prefill = target.prefill(
+            input_ids, cache=cache, output_hidden_states=self.drafter.needs_hidden_states, **model_kwargs
+        )
         try:
             for result in self.decode(
                 target,
@@ -535,11 +540,12 @@ class _Text:
         sequences: Any = self._ids[:, : self.start + max(self._num_tokens)]
         if not self._config.return_dict_in_generate:
             return sequences
+        cache: dict[str, Any] = {CACHE: target.cache}
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             scores=_by_step(self._scores) if self._config.output_scores else None,
             logits=_by_step(self._logits) if self._config.output_logits else None,
-            past_key_values=target.past_key_values,
+            **cache,
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from mmsdk.caching import CACHE, with_cache
 from mmsdk.decoding.base import Decision, Prefill
 from mmsdk.decoding.tree import DraftTree
 
@@ -138,7 +139,7 @@ class HFTarget(TargetModel):
         return id(self.model), max(self._slots, 255).bit_length()
 
     @property
-    def past_key_values(self) -> Cache | None:
+    def cache(self) -> Cache | None:
         """The cache of one row, which holds all tokens but the last one; None: there are several rows."""
         return self._cache if self._batch == 1 else None
 
@@ -147,7 +148,7 @@ class HFTarget(TargetModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         position_ids: Tensor | None = None,
         output_hidden_states: bool = False,
         **inputs: Any,
@@ -157,7 +158,7 @@ class HFTarget(TargetModel):
         Args:
             input_ids: `(batch, num_tokens)`, the sequences, padded on the left; or what follows those in the cache.
             attention_mask: `(batch, total)`, 0 at padding, of all tokens including those in the cache; None: all ones.
-            past_key_values: a cache to go on with. One row uses it; with several rows it must be empty and stays so.
+            cache: one to go on with. One row uses it; with several rows it must be empty and stays so.
             position_ids: `(..., batch, total)` as `generate` prepares them; None: counted from the mask.
             output_hidden_states: whether to return the states of the last layer after its norm.
             **inputs: what else the model takes with its prompt, such as images.
@@ -176,7 +177,7 @@ class HFTarget(TargetModel):
             )
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             raise ValueError("attention_mask is 0 at the last token of a row: pad on the left (padding_side='left').")
-        past = self._adopt(past_key_values, batch)
+        past = self._adopt(cache, batch)
         if past and output_hidden_states:
             raise ValueError(
                 f"The drafter needs the states of all tokens, but {past} of them are in the cache: pass none."
@@ -196,12 +197,11 @@ class HFTarget(TargetModel):
             prepared = self.model.prepare_inputs_for_generation(
                 input_ids,
                 next_sequence_length=total - past,
-                past_key_values=self._cache,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 is_first_iteration=True,
                 use_cache=True,
-                **inputs,
+                **with_cache(inputs, self._cache),
             )
             # Some models count from 1, and others place their tokens by what they have kept from the prompt.
             last = prepared.get("position_ids")
@@ -261,10 +261,10 @@ class HFTarget(TargetModel):
             input_ids=tree.tokens.to(device),
             attention_mask=self._masks(tree.mask.to(device), places),
             position_ids=self._last_position + (places - self._prompt_slots),
-            past_key_values=self._cache,
             use_cache=True,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            **{CACHE: self._cache},
         )
         return output.logits.float().to(tree.tokens.device), output.hidden_states[-1] if output_hidden_states else None
 

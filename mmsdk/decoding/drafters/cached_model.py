@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from mmsdk.caching import CACHE
+
 # A cache of these layers can be cut back to any earlier length; states that sum up the past cannot.
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -56,9 +58,9 @@ class CachedModel:
             cache.crop(common - cached)
         output = self.model(
             input_ids=torch.tensor([ids[common:]], device=self.model.device),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: cache},
         )
         self._cache, self._ids = cache, list(ids)
         return output.logits[0, -1].float()
