@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from abc import abstractmethod
 from collections import Counter
@@ -25,6 +26,7 @@ from generators.token_shuffle import TokenShuffle
 from generators.tokenbridge_ar import TokenBridgeAR
 from mmsdk.data.captions import MAX_PROMPT_TOKENS, train_caption_tokenizer
 from mmsdk.data.emoji import STYLES, EmojiDataset, EmojiRecord, caption_of
+from mmsdk.errors import CheckpointError
 from mmsdk.images import image_grid, tensor_to_pil
 from mmsdk.loading import resolve_pretrained
 from mmsdk.tokens import ImageTokens
@@ -36,6 +38,8 @@ from tokenizers_img.one_d_piece import OneDPiece
 from tokenizers_img.tokenbridge import TokenBridge
 from tokenizers_img.vae import KLVAE
 from tokenizers_img.vq import VQ
+
+logger = logging.getLogger(__name__)
 
 # Drawn often enough to be learned well, with a share of everything else: prompts that people type.
 SAMPLE_PROMPTS = (
@@ -83,14 +87,29 @@ def tiny_text_encoder(vocab_size: int, dim: int = 192, num_layers: int = 2) -> T
     return T5EncoderModel(config)
 
 
+def load_fitting(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load the tensors of `state_dict` that have the name and shape of some in `model`; the others stay as they are.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    own = model.state_dict()
+    fitting = {k: v for k, v in state_dict.items() if k in own and own[k].shape == v.shape}
+    if not fitting:
+        raise CheckpointError(f"No weight has the name and shape of one of {type(model).__name__}.")
+    model.load_state_dict(fitting, strict=False)
+    logger.info("went on from %d of %d tensors of %s", len(fitting), len(own), type(model).__name__)
+
+
 class TextToImageRecipe(Recipe):
     """A generator of images from captions, over an embedded tokenizer, with its text encoder.
 
     Args:
         config: shared hyper-parameters.
         tokenizer_source: folder or embedded name of the image tokenizer.
-        caption_tokenizer: folder of a saved caption tokenizer, to go on from a run that had another vocabulary; by
-            default the vocabulary of the captions.
+        start_from: folder or embedded name of a pipeline to go on from: its vocabulary, its text encoder, and those
+            weights of its transformer that have the name and shape of some here, so that it may be another model with
+            the same backbone. By default everything begins anew.
 
     Attributes:
         default_steps: steps of the embedded model.
@@ -116,10 +135,10 @@ class TextToImageRecipe(Recipe):
         self,
         config: TrainingConfig | None = None,
         tokenizer_source: str | Path = "emoji-64",
-        caption_tokenizer: str | Path | None = None,
+        start_from: str | Path | None = None,
     ) -> None:
         self.tokenizer_source = tokenizer_source
-        self.caption_tokenizer_source = caption_tokenizer
+        self.start_from = start_from
         self.config = config or TrainingConfig(
             steps=self.default_steps,
             batch_size=self.batch_size,
@@ -155,16 +174,21 @@ class TextToImageRecipe(Recipe):
                 for part in (train, pair)
             )
         self.cumulative = sampling_weights(self.records)
-        self.caption_tokenizer, text_encoder = self.build_text_encoder()
-        return TextToImageModule(self.build(text_encoder.config.d_model), text_encoder)
+        if self.start_from is None:
+            self.caption_tokenizer, text_encoder = self.build_text_encoder()
+            return TextToImageModule(self.build(text_encoder.config.d_model), text_encoder)
+        from generators.pipelines import ARImagePipeline
+
+        start = ARImagePipeline.from_pretrained(self.start_from)
+        self.caption_tokenizer = start.tokenizer
+        transformer = self.build(start.text_encoder.config.d_model)
+        load_fitting(transformer, start.transformer.state_dict())
+        return TextToImageModule(transformer, start.text_encoder)
 
     def build_text_encoder(self) -> tuple[PreTrainedTokenizerFast, T5EncoderModel]:
         """Learn the vocabulary of the captions, and build an encoder for it."""
-        if self.caption_tokenizer_source is None:
-            texts = [" ".join((r.label, *r.tags)) for r in self.records] + list(STYLES) * 200
-            tokenizer = train_caption_tokenizer(texts)
-        else:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(self.caption_tokenizer_source)
+        texts = [" ".join((r.label, *r.tags)) for r in self.records] + list(STYLES) * 200
+        tokenizer = train_caption_tokenizer(texts)
         return tokenizer, tiny_text_encoder(len(tokenizer))
 
     def muon_parameters(self, module: Any) -> list[nn.Parameter]:
