@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from generators.annealing import StepAnnealing
 from generators.base import Trace
@@ -165,8 +166,10 @@ def mar(
         trace = Trace()
         given: dict[str, Any] = {"num_iter": num_iter, "guidance_scale": guidance_scale, "orders": orders}
         given["noise"] = noise
-        ours = cast(Any, model.generate(labels, annealing=annealing, trace=trace, **given)).latents
-        theirs = plain.generate(labels, timesteps=timesteps, **given)
+        with FlopCounterMode(display=False) as own:
+            ours = cast(Any, model.generate(labels, annealing=annealing, trace=trace, **given)).latents
+        with FlopCounterMode(display=False) as published:
+            theirs = plain.generate(labels, timesteps=timesteps, **given)
         difference = float((ours - theirs).abs().max() / theirs.abs().max())
         if difference > TOLERANCE:
             raise MMSDKError(f"The sides differ by {difference:.1e} of the largest value, more than {TOLERANCE:.0e}.")
@@ -176,14 +179,29 @@ def mar(
         )
         seconds = [statistics.median(times) for times in interleaved(sides, repeats)]
         head_rows = sum(n * s for n, s in zip(trace.head_rows, trace.head_steps, strict=True))
-        rows.append([batch, *seconds, seconds[0] / seconds[1], difference, trace.forwards, head_rows])
+        flops = [counter.get_total_flops() / 1e9 for counter in (published, own)]
+        row = [batch, *seconds, seconds[0] / seconds[1], *flops, flops[0] / flops[1]]
+        rows.append([*row, difference, trace.forwards, head_rows])
     return BenchResult(
         name="mar",
-        columns=["batch", "published loop s", "ours s", "ratio", "difference", "forwards", "head rows"],
+        columns=[
+            "batch",
+            "published loop s",
+            "ours s",
+            "ratio",
+            "published GFLOP",
+            "ours GFLOP",
+            "by count",
+            "difference",
+            "forwards",
+            "head rows",
+        ],  # fmt: skip
         rows=rows,
         notes=[
             f"{'Preset ' + preset if preset else 'Short size'}, random weights: {num_iter} iterations, "
             f"{len(timesteps)} diffusion steps, guidance to {guidance_scale:g} linearly, float32, median of {repeats}.",
+            "GFLOP: multiplications and additions of matrix products and attention, the same result on both sides; by "
+            "count: what their ratio alone would give.",
             "Difference: largest of the latents for the same noise, as a share of their largest value.",
             "Head rows: tokens through the diffusion head over all its steps, unconditional ones included.",
         ],

@@ -38,6 +38,28 @@ library_name: mmsdk
 - Limits: {limits}
 """
 
+# Settings of a generation by name: "default" draws the best pictures, "diverse" follows what the model has learned.
+_CAUSAL_PRESETS = {
+    "default": {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50},
+    "diverse": {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 0},
+}
+# "full" takes as many steps, of the generation and of the head, as there is anything to gain from, and more.
+_MAR_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {"num_iter": 8, "guidance_scale": 2.0, "temperature": 0.5, "annealing": {}},
+    "fast": {"num_iter": 4, "guidance_scale": 2.0, "temperature": 0.5, "annealing": {}},
+    "full": {
+        "num_iter": 16,
+        "guidance_scale": 2.0,
+        "temperature": 0.5,
+        "annealing": {"upper": 100, "lower": 100, "strategy": "constant"},
+    },
+    "diverse": {"num_iter": 8, "guidance_scale": 2.0, "temperature": 1.0, "annealing": {}},
+}
+_TOKENBRIDGE_PRESETS = {
+    "default": {"num_iter": 16, "guidance_scale": 2.0, "temperature": 0.8},
+    "diverse": {"num_iter": 16, "guidance_scale": 2.0, "temperature": 1.0},
+}
+
 
 @dataclass(frozen=True)
 class EmbeddedModel:
@@ -74,7 +96,7 @@ MODELS = (
         "emoji-64: text to image over grid tokens",
         "LlamaGen over an 8 x 8 grid of VQ tokens (codebook 4096), with a small T5 encoder trained along.",
         "the noto, twemoji and fluent flat sets for the generator, all seven sets for the tokenizer",
-        settings={"presets": {"default": {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50}}},
+        settings={"presets": _CAUSAL_PRESETS},
     ),
     EmbeddedModel(
         "emoji-64-1d",
@@ -83,7 +105,7 @@ MODELS = (
         "emoji-64-1d: text to image over One-D-Piece tokens",
         "LlamaGen over the tokens of a One-D-Piece tokenizer (64, codebook 4096): it can stop after any of them.",
         "the noto, twemoji and fluent flat sets for the generator, all seven sets for the tokenizer",
-        settings={"presets": {"default": {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50}}},
+        settings={"presets": _CAUSAL_PRESETS},
     ),
     EmbeddedModel(
         "emoji-64-vae",
@@ -121,7 +143,7 @@ MODELS = (
         "A text-conditional MAR over the latents of the embedded KL autoencoder, 2 x 2 of them to a token, with a "
         "small T5 encoder trained along.",
         "the noto, twemoji and fluent flat sets",
-        settings={"presets": {"default": {"num_iter": 16, "guidance_scale": 2.0, "temperature": 0.9, "annealing": {}}}},
+        settings={"presets": _MAR_PRESETS},
         shared={"image_tokenizer": {"component": "vae", "source": "emoji-64"}},
     ),
     EmbeddedModel(
@@ -156,7 +178,7 @@ MODELS = (
         "Token-Shuffle over a 16 x 16 grid of VQ tokens (codebook 1024), 2 x 2 of them at a step, with a small T5 "
         "encoder trained along.",
         "the noto, twemoji and fluent flat sets for the generator, all seven sets for the tokenizer",
-        settings={"presets": {"default": {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50}}},
+        settings={"presets": _CAUSAL_PRESETS},
     ),
     EmbeddedModel(
         "emoji-64-tokenbridge-ar",
@@ -166,7 +188,7 @@ MODELS = (
         "A text-conditional TokenBridge-AR over the embedded TokenBridge with 4 bits to an index, 2 x 2 positions to a "
         "token, with a small T5 encoder trained along.",
         "the noto, twemoji and fluent flat sets",
-        settings={"presets": {"default": {"num_iter": 16, "guidance_scale": 2.0, "temperature": 0.8}}},
+        settings={"presets": _TOKENBRIDGE_PRESETS},
         shared={"image_tokenizer": {"component": "tokenbridge", "source": "emoji-64", "options": {"bits": 4}}},
     ),
     EmbeddedModel(
@@ -177,7 +199,7 @@ MODELS = (
         "FlexTok-AR over the embedded FlexTok, with a small T5 encoder trained along: it can stop after any of 32 "
         "tokens, and the decoder draws the rest.",
         "the noto, twemoji and fluent flat sets",
-        settings={"presets": {"default": {"guidance_scale": 1.5, "temperature": 0.4, "top_k": 50}}},
+        settings={"presets": _CAUSAL_PRESETS},
         shared={"image_tokenizer": {"component": "flextok", "source": "emoji-64"}},
     ),
     EmbeddedModel(
