@@ -28,7 +28,7 @@ from generators.llamagen import (
     translate_llama_config,
 )
 from generators.speculation import ConditionedDrafter, Conditions
-from mmsdk.decoding.base import Prefill, Verified
+from mmsdk.decoding.base import CHOSEN, WITHOUT_REPLACEMENT, Prefill, Verified
 from mmsdk.decoding.drafters.rows import check_at_least, check_prompts, check_verified
 from mmsdk.decoding.sampling import check_sampling, process_logits
 from mmsdk.decoding.tree import DraftTree
@@ -354,6 +354,11 @@ class FeatureDrafter(ConditionedDrafter):
         self._scales: Sequence[float] = (1.0,)
         self._batch = 0
         self._plans: dict[int, tuple[Tensor, list[_Level]]] = {}
+
+    @property
+    def drawing(self) -> str:
+        """How candidates are found."""
+        return WITHOUT_REPLACEMENT if self.do_sample else CHOSEN
 
     # ------------------------------------------------------------------------------------------------ sequences
 

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from generators.base import Trace
 from generators.llamagen import LlamaGen
 from generators.speculation import DRAFT_SLOTS, ConditionedDrafter, Conditions, LlamaGenTarget
-from mmsdk.decoding.base import Decision, Prefill, Verified
+from mmsdk.decoding.base import CHAIN, CHOSEN, Decision, Prefill, Verified
 from mmsdk.decoding.drafters.rows import check_at_least, check_prompts, check_verified, new_tokens
 from mmsdk.decoding.sampling import check_sampling, draw_uniforms, process_logits, sample_ids
 from mmsdk.decoding.tree import DraftTree
@@ -61,6 +61,11 @@ class GeneratorDrafter(ConditionedDrafter):
         check_at_least("num_tokens", self.num_tokens, 1)
         check_sampling(self.temperature, self.top_k, self.top_p)
         self.vocab_size = self.generator.config.codebook_size
+
+    @property
+    def drawing(self) -> str:
+        """How candidates are found."""
+        return CHAIN if self.do_sample else CHOSEN
 
     def condition(self, conditions: Conditions) -> None:
         """Read the conditions of the images that are to be written next."""

@@ -175,15 +175,30 @@ def test_sampled_pairs_follow_the_model(model: PreTrainedModel, rule: Acceptance
     assert sampled_pairs(model, rule, DraftModel(similar(model), num_tokens=2, do_sample=True)) > 1e-3
 
 
+class AcceptsAll(KSeq):
+    def acceptance(self, node: Any, tokens: Tensor) -> Tensor:
+        return torch.ones(len(tokens), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("rule", "is_exact"), [(KSeq(), True), (Matching(), True), (AcceptsAll(), False)])
+def test_sampled_pairs_of_independent_sequences(model: PreTrainedModel, rule: AcceptanceRule, is_exact: bool) -> None:
+    drafter = DraftModel(similar(model), num_tokens=2, do_sample=True, num_sequences=3)
+    p_value = sampled_pairs(model, rule, drafter, num_candidates=6, count=400)
+    assert p_value > 1e-3 if is_exact else p_value < 1e-6
+
+
 def test_sampled_pairs_of_a_wrong_rule_do_not(model: PreTrainedModel) -> None:
     wrong = Lantern(nearest_codes(torch.eye(VOCAB), 8), delta=0.5, k=8)
     assert sampled_pairs(model, wrong, DraftModel(similar(model), num_tokens=2)) < 1e-3
 
 
-def sampled_pairs(model: PreTrainedModel, rule: AcceptanceRule | None, drafter: Drafter) -> float:
+def sampled_pairs(
+    model: PreTrainedModel, rule: AcceptanceRule | None, drafter: Drafter, num_candidates: int = 2, count: int = 200
+) -> float:
     """Return the p-value of the first two tokens of many continuations of one prompt."""
-    prompt, count = prompts(1)["input_ids"], 200
-    decoder = SpeculativeDecoder(drafter, rule, num_candidates=2, generator=Generator().manual_seed(0))
+    prompt = prompts(1)["input_ids"]
+    generator = Generator().manual_seed(0)
+    decoder = SpeculativeDecoder(drafter, rule, num_candidates=num_candidates, generator=generator)
     settings = {"do_sample": True, "top_k": 4, "max_new_tokens": 3}
     texts = model.generate(prompt.expand(count, -1), **settings, custom_generate=decoder)
     first = _probs(model, prompt)[0]
@@ -610,8 +625,14 @@ def test_bad_input(model: PreTrainedModel) -> None:
         generate(SpeculativeDecoder(PromptLookup()), output_hidden_states=True, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="UnbatchedClassifierFreeGuidanceLogitsProcessor counts its calls"):
         generate(SpeculativeDecoder(PromptLookup()), guidance_scale=2.0)
-    with pytest.raises(ValueError, match="KSeq needs siblings"):
-        generate(SpeculativeDecoder(PromptLookup(), KSeq(), num_candidates=3), do_sample=True)
+    draft = llama()
+    for drafter, rule, message in (
+        (PromptLookup(), KSeq(), "KSeq takes .*drawn one by one or drawn with replacement.*PromptLookup are chosen"),
+        (DySpec(draft), KSeq(), "DySpec are drawn without replacement"),
+        (DraftModel(draft, do_sample=True, num_sequences=2), Rejection(), "DraftModel are drawn with replacement"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SpeculativeDecoder(drafter, rule)
     with pytest.raises(ValueError, match="one for each of 2 rows, got 3"):
         generate(SpeculativeDecoder(PromptLookup(), generator=[Generator()] * 3), do_sample=True)
     with pytest.raises(ValueError, match="StaticCache of 0 tokens"):

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
-from mmsdk.decoding.base import Decision, Drafter, Verified
+from mmsdk.decoding.base import WITH_REPLACEMENT, Decision, Drafter, Verified
 from mmsdk.decoding.drafters import DRAFTERS
 from mmsdk.decoding.drafters.aded import ADED
 from mmsdk.decoding.drafters.cached_model import CachedModel
@@ -69,6 +69,7 @@ MAKE: dict[str, Callable[[], Drafter]] = {
     "aded": lambda: ADED(),
     "dyspec": lambda: DySpec(llama(1)),
     "draft_model": lambda: DraftModel(llama(1), do_sample=True),
+    "independent sequences": lambda: DraftModel(llama(1), num_tokens=2, do_sample=True, num_sequences=2),
     "early_exit": lambda: EarlyExit(llama(1), num_layers=1),
 }
 
@@ -173,7 +174,7 @@ def test_registered(name: str) -> None:
     assert type(make(name)) is getattr(importlib.import_module(module), attribute)
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", MAKE)
 def test_greedy_output_is_the_targets(name: str) -> None:
     """With every draft verified against a real model, the output is that model's own, and drafts are accepted."""
     target, prompt = llama(1), prompts_of([9], seed=3)[0]
@@ -197,7 +198,7 @@ def test_greedy_output_is_the_targets(name: str) -> None:
     assert forwards < 60
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", MAKE)
 def test_rows_are_independent(name: str) -> None:
     prompts, table = prompts_of([5, 30, 1], seed=1), bigrams()
     together = steps(make(name), prompts, 8, 12, table)
@@ -216,7 +217,7 @@ def test_rows_are_independent(name: str) -> None:
             drafter.observe(Verified(single, logits, accept_greedy(single, logits)))
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", MAKE)
 def test_select_rows(name: str) -> None:
     prompts, table = prompts_of([20, 30, 25], seed=2), bigrams()
     selected, whole = make(name), make(name)
@@ -235,7 +236,7 @@ def test_select_rows(name: str) -> None:
             drafter.observe(Verified(tree, logits, accept_greedy(tree, logits)))
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", MAKE)
 def test_budget(name: str) -> None:
     table, most = bigrams(8), []
     drafter = TokenRecycling(8, top_k=4, tree=[(0,), (1,), (0, 0)]) if name == "token_recycling" else make(name)
@@ -249,7 +250,7 @@ def test_budget(name: str) -> None:
     assert most[:3] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", MAKE)
 def test_inputs_are_not_changed(name: str) -> None:
     prompts, table = prompts_of([12, 12]), bigrams()
     copies = [prompt.clone() for prompt in prompts]
@@ -267,7 +268,7 @@ def test_inputs_are_not_changed(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("name", MAKE)
 def test_bad_input(name: str) -> None:
     drafter = make(name)
     with pytest.raises(RuntimeError, match="reset"):
@@ -795,7 +796,40 @@ def test_draft_model_tells_the_distributions_it_drew_from() -> None:
     assert torch.equal(tree.parents[0], torch.arange(-1, 4))
 
 
+@torch.no_grad()
+def test_independent_sequences_of_a_draft_model() -> None:
+    model, prompt = llama(1), prompts_of([9])[0]
+    drafter = DraftModel(model, num_tokens=3, do_sample=True, num_sequences=4, top_k=2)
+    assert drafter.drawing == WITH_REPLACEMENT
+    drafter.reset([prompt])
+    tree = drafter.propose(100, generators(1))
+    assert tree.with_replacement and tree.num_nodes == 1 + 12
+    uniforms = draw_uniforms(generators(1), 1, 12)[0]
+    nodes = {(): 0}
+    for i in range(12):
+        if i % 3 == 0:
+            path: tuple[int, ...] = ()
+        # What follows equal tokens follows the first of them, so that each was drawn from its parent's distribution.
+        parent = nodes[path]
+        assert tree.parents[0, i + 1] == parent
+        logits = model(torch.tensor([[*prompt.tolist(), *path]])).logits[0, -1]
+        torch.testing.assert_close(
+            tree.probs[0, parent], torch.softmax(process_logits(logits, 1.0, 2, 1.0), -1), atol=1e-5, rtol=0
+        )
+        assert tree.tokens[0, i + 1] == sample_inverse_cdf(tree.probs[0, parent], uniforms[i])
+        path = (*path, int(tree.tokens[0, i + 1]))
+        nodes.setdefault(path, i + 1)
+    assert len(nodes) < 13  # some were equal
+    for budget, shape in ((0, 1), (2, 3), (4, 5), (11, 9), (12, 13)):
+        drafter.reset([prompt])
+        assert drafter.propose(budget, generators(1)).num_nodes == shape
+
+
 def test_draft_model_settings() -> None:
+    with pytest.raises(ValueError, match="Without do_sample, all of num_sequences=2 sequences would be equal"):
+        DraftModel(llama(1), num_sequences=2)
+    with pytest.raises(ValueError, match="num_sequences must be .*at least 1, got 0"):
+        DraftModel(llama(1), do_sample=True, num_sequences=0)
     with pytest.raises(TypeError, match="causal language model of transformers, got Linear"):
         DraftModel(torch.nn.Linear(2, 2))
     encoder = BertModel(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))

@@ -18,7 +18,7 @@ def lantern(
     model: str = "emoji-64",
     head: str = "emoji-64-head",
     deltas: Sequence[float] = (0.2, 0.5, 0.8, 0.95),
-    k: int = 1000,
+    k: int = 4095,
     num_candidates: int = 16,
     guidance_scale: float = 3.0,
     temperature: float = 1.0,
@@ -39,7 +39,7 @@ def lantern(
         model: embedded name or folder of a pipeline with a LlamaGen.
         head: embedded name or folder of its draft head.
         deltas: bounds of the probability that neighbours add.
-        k: neighbours of each code.
+        k: neighbours of each code that count; of a codebook of 4096, 4095 are all.
         num_candidates: candidates of a draft; one more row has the cost model choose.
         guidance_scale: classifier-free guidance.
         temperature: divides the logits.

@@ -11,6 +11,10 @@ from torch import Generator, Tensor
 
 from mmsdk.decoding.tree import DraftTree
 
+# How drafters find the candidates that follow a node.
+CHOSEN, CHAIN = "chosen", "drawn one by one"
+WITHOUT_REPLACEMENT, WITH_REPLACEMENT = "drawn without replacement", "drawn with replacement"
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -33,13 +37,13 @@ class AcceptanceRule(ABC):
 
     Attributes:
         lossless: whether the tokens follow exactly the target's distribution (or are its greedy choice).
-        needs_probs: whether drafts must tell the distribution that they were drawn from.
+        drawings: what candidates it takes: those of drafters with one of these as their `drawing`.
         by_position: whether a number belongs to the place of a token, whatever the drafts are: the i-th number of a row
             then draws the i-th token after the root, and those that are not used are passed again.
     """
 
     lossless: ClassVar[bool]
-    needs_probs: ClassVar[bool] = False
+    drawings: ClassVar[tuple[str, ...]] = (CHOSEN, CHAIN, WITHOUT_REPLACEMENT, WITH_REPLACEMENT)
     by_position: ClassVar[bool] = False
 
     @abstractmethod
@@ -91,9 +95,16 @@ class Drafter(ABC):
 
     Attributes:
         needs_hidden_states: whether `reset` and `observe` need the target's hidden states.
+        drawing: how candidates are found: `CHOSEN`; or drawn, and then their trees tell the distributions: in a `CHAIN`
+            without siblings, or with siblings `WITHOUT_REPLACEMENT` or `WITH_REPLACEMENT`.
     """
 
     needs_hidden_states: ClassVar[bool] = False
+
+    @property
+    def drawing(self) -> str:
+        """How candidates are found."""
+        return CHOSEN
 
     @abstractmethod
     def reset(self, prompts: Sequence[Tensor], prefill: Prefill | None = None) -> None:

@@ -168,7 +168,8 @@ class SpeculativeDecoder:
 
     Raises:
         TypeError: the drafter or the rule is none.
-        ValueError: `num_candidates` is negative, or there is a `cost_model` that nobody asks.
+        ValueError: the rule does not take such candidates; `num_candidates` is negative, or there is a `cost_model`
+            that nobody asks.
     """
 
     setting: ClassVar[str] = "speculation"  # the argument of image generators that takes a decoder
@@ -189,6 +190,11 @@ class SpeculativeDecoder:
             check_at_least("num_candidates", num_candidates, 0)
             if cost_model is not None:
                 raise ValueError(f"cost_model chooses num_candidates: pass one of them, got {num_candidates} too.")
+        if acceptance is not None and drafter.drawing not in acceptance.drawings:
+            raise ValueError(
+                f"{type(acceptance).__name__} takes candidates that are {' or '.join(acceptance.drawings)}, but those "
+                f"of this {type(drafter).__name__} are {drafter.drawing}; Matching takes any."
+            )
         self.drafter = drafter
         self.acceptance = acceptance
         self.num_candidates = num_candidates

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 from transformers import PreTrainedModel
 
+from mmsdk.decoding.base import WITHOUT_REPLACEMENT
 from mmsdk.decoding.drafters.cached_model import CachedModel, check_model
 from mmsdk.decoding.drafters.rows import Row, RowDrafter
 from mmsdk.decoding.sampling import check_sampling, draw_uniforms, process_logits, sample_inverse_cdf
@@ -64,6 +65,11 @@ class DySpec(RowDrafter[_DraftRow]):
                 "draft must be a causal language model of transformers or a function of prefixes, got "
                 f"{type(self.draft).__name__}."
             )
+
+    @property
+    def drawing(self) -> str:
+        """How candidates are found."""
+        return WITHOUT_REPLACEMENT
 
     def start_row(self, ids: list[int]) -> _DraftRow:
         """Return a new sequence, with an empty cache."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mmsdk.decoding.base import CHAIN, WITH_REPLACEMENT
 from mmsdk.decoding.rules.walk import SiblingRule
 from mmsdk.decoding.tree import DraftTree
 
@@ -33,7 +34,7 @@ class KSeq(SiblingRule[_Node]):
     """
 
     lossless: ClassVar[bool] = True
-    needs_probs: ClassVar[bool] = True
+    drawings: ClassVar[tuple[str, ...]] = (CHAIN, WITH_REPLACEMENT)
 
     def check(self, tree: DraftTree) -> None:
         """Raise `ValueError` unless siblings were drawn independently, from a distribution that is known."""

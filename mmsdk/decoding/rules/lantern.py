@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmsdk.decoding.base import Decision
+from mmsdk.decoding.base import CHAIN, CHOSEN, WITHOUT_REPLACEMENT, Decision
 from mmsdk.decoding.rules.walk import SiblingRule, normalise, to_decision
 from mmsdk.decoding.tree import DraftTree
 from mmsdk.errors import unknown_name
@@ -88,6 +88,7 @@ class Lantern(SiblingRule[_Node]):
     mode: str = "paper"
 
     lossless: ClassVar[bool] = False
+    drawings: ClassVar[tuple[str, ...]] = (CHOSEN, CHAIN, WITHOUT_REPLACEMENT)
 
     def __post_init__(self) -> None:
         if self.neighbours.ndim != 2 or self.neighbours.dtype != torch.int64:

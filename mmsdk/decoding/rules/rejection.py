@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mmsdk.decoding.base import CHAIN, CHOSEN, WITHOUT_REPLACEMENT
 from mmsdk.decoding.rules.walk import SiblingRule, normalise
 from mmsdk.decoding.tree import DraftTree
 
@@ -28,7 +29,7 @@ class Rejection(SiblingRule[_Node]):
     """
 
     lossless: ClassVar[bool] = True
-    needs_probs: ClassVar[bool] = False
+    drawings: ClassVar[tuple[str, ...]] = (CHOSEN, CHAIN, WITHOUT_REPLACEMENT)
 
     def check(self, tree: DraftTree) -> None:
         """Raise `ValueError` for siblings that were drawn with replacement."""
