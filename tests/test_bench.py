@@ -17,6 +17,7 @@ from PIL import Image
 import mmsdk.bench
 from generators import llamagen as llamagen_model
 from generators.annealing import StepAnnealing
+from generators.feature_head import FeatureHead
 from mmsdk.bench import llamagen as llamagen_bench
 from mmsdk.bench.evaluator import Evaluator
 from mmsdk.bench.llamagen import PlainLoop
@@ -27,6 +28,7 @@ from mmsdk.data.emoji import EmojiDataset, EmojiRecord
 from mmsdk.errors import DataError, MMSDKError, UnknownNameError
 from mmsdk.tokens import ImageTokens
 from mmsdk.training.tokenizer_recipes import psnr
+from tests.test_accelerators import draft_mar
 from tests.test_llamagen import make_condition, make_model
 from tests.tiny import tiny_flextok, tiny_latent_pipeline, tiny_one_d_piece, tiny_pipeline, tiny_vq
 from tokenizers_img.one_d_piece import OneDPiece
@@ -54,6 +56,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     tiny_pipeline(tiny_one_d_piece()).save_pretrained(root / "ordered")
     tiny_pipeline(condition="class").save_pretrained(root / "class")
     tiny_latent_pipeline().save_pretrained(root / "latent")
+    draft_mar().save_pretrained(root / "latent-draft")
+    torch.manual_seed(0)
+    FeatureHead.for_generator(tiny_pipeline().transformer).save_pretrained(root / "grid-head")
     tiny_vq().save_pretrained(root / "vq")
     tiny_one_d_piece().save_pretrained(root / "one_d_piece")
     tiny_flextok().save_pretrained(root / "flextok")
@@ -337,7 +342,9 @@ def test_disa_counts_the_published_steps(needs_network: None, folders: dict[str,
 def test_mar_equals_the_published_loop() -> None:
     result = run_benchmark("mar", num_iter=2, num_steps=3, batch_sizes=[1, 2], repeats=1)
     assert [row[0] for row in result.rows] == [1, 2]
-    assert all(0 < row[4] < 1e-4 for row in result.rows)
+    assert all(0 < result.value("difference", batch=batch) < 1e-4 for batch in (1, 2))
+    assert result.value("by count", batch=1) > 1.05
+    assert result.value("ours GFLOP", batch=2) == pytest.approx(2 * result.value("ours GFLOP", batch=1), rel=1e-3)
     # 256 tokens and as many unconditional rows, in each of 3 steps.
     assert result.value("head rows", batch=1) == 2 * 256 * 3
 
@@ -355,3 +362,45 @@ def test_windows_shorten_the_sequence(needs_network: None, folders: dict[str, st
     )  # fmt: skip
     assert [row[2] for row in result.rows] == [16, 4, 1, 16]
     assert result.value("FD", windows=folders["grid"]) > 0
+
+
+# ---------------------------------------------------------------- speculation
+
+
+def test_lantern_beside_exact_speculation(needs_network: None, folders: dict[str, str], tmp_path: Path) -> None:
+    result = run_benchmark(
+        "lantern", model=folders["grid"], head=folders["grid-head"], deltas=[0.5, 0.9], num_candidates=4, split="train",
+        num_prompts=4, styles=["noto"], evaluator=folders["evaluator"], cache_dir=folders["cache"], sheet_images=2,
+        output_dir=tmp_path,
+    )  # fmt: skip
+    names = [row[0] for row in result.rows]
+    assert names[:5] == ["plain", "exact", "exact, size by cost", "LANTERN 0.5", "LANTERN 0.9"]
+    assert {row[0]: row[1] for row in result.rows} == {n: "no" if "LANTERN" in n else "yes" for n in names}
+    # What is lossless draws the same pictures, and with fewer forwards.
+    for column in ("top-1", "top-5", "FD"):
+        assert result.value(column, method="exact") == pytest.approx(result.value(column, method="plain"), rel=1e-3)
+    assert result.value("forwards", method="plain") == 16
+    assert result.value("forwards", method="LANTERN 0.9") < result.value("forwards", method="exact") < 16
+    assert {p.name for p in result.figures} == {"lantern.png", "lantern-samples.png"}
+
+
+def test_cspd_beside_fewer_iterations(needs_network: None, folders: dict[str, str], tmp_path: Path) -> None:
+    result = run_benchmark(
+        "cspd", model=folders["latent"], draft=folders["latent-draft"], num_drafts=[4], num_iter=8, num_steps=5,
+        num_prompts=4, paper_prompts=1, batch_size=2, styles=["noto"], evaluator=folders["evaluator"],
+        cache_dir=folders["cache"], sheet_images=2, output_dir=tmp_path,
+    )  # fmt: skip
+    forwards = {row[0]: row[2] for row in result.rows}
+    assert forwards["target"] == 8 and forwards["target, 4 iterations"] == 4
+    # The first two steps are the target's own; then it verifies after step 4 and after the last.
+    assert forwards["CSpD, every 4"] == 4
+    assert [row[0] for row in result.rows if row[1] == "yes"] == ["target", "exact, every 4"]
+    assert result.value("GFLOP", method="target, 4 iterations") < result.value("GFLOP", method="target")
+    assert [p.name for p in result.figures] == ["cspd.png"]
+
+
+def test_drafters_cost_something() -> None:
+    result = run_benchmark("drafters", vocab_size=64, prompt_tokens=20, rounds=3, num_words=10)
+    for name, candidates, propose, observe, together, forwards in result.rows:
+        assert candidates > 0 and min(propose, observe) > 0 and together >= max(propose, observe), name
+        assert (forwards is not None) == name.startswith(("draft model", "early exit", "DySpec"))
