@@ -33,7 +33,7 @@ library_name: mmsdk
 {text}
 
 - Data: `emoji-64` (`mmsdk data`), {data}. The image sets and their licences are listed in NOTICE.
-- Made by: `mmsdk train {recipe}` ({steps} steps of {batch_size} images).
+- Made by: `mmsdk train {recipe}` ({steps} steps of {batch_size} images{start}).
 - Last evaluation of the training: {evaluation}.
 - Limits: {limits}
 """
@@ -325,7 +325,9 @@ def embed(run: Path, model: EmbeddedModel, weights: Path = WEIGHTS_FOLDER) -> Pa
         write_atomically(target / SHARED_FILE, (json.dumps(model.shared, indent=2) + "\n").encode())
     _forget_paths(target)
     scores = ", ".join(f"{k} {v:.4g}" for k, v in last["evaluation"].items())
+    start = config.get("extra", {}).get("start_from")
     card = _CARD.format(
+        start=f", going on from {'an earlier ' * (start == model.folder)}{start}" if start else "",
         title=model.title,
         text=model.text,
         data=model.data,

@@ -7,6 +7,7 @@ import random
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -152,6 +153,8 @@ class TextToImageRecipe(Recipe):
             checkpoint_every=400,
             evaluate_every=800,
         )
+        if start_from is not None:
+            self.config = replace(self.config, extra=self.config.extra | {"start_from": Path(start_from).name})
 
     @abstractmethod
     def tokenize(self, images: np.ndarray) -> Tensor:
