@@ -56,7 +56,8 @@ _MAR_PRESETS: dict[str, dict[str, Any]] = {
     "diverse": {"num_iter": 8, "guidance_scale": 2.0, "temperature": 1.0, "annealing": {}},
 }
 _TOKENBRIDGE_PRESETS = {
-    "default": {"num_iter": 16, "guidance_scale": 2.0, "temperature": 0.8},
+    "default": {"num_iter": 16, "guidance_scale": 2.0, "temperature": 0.4},
+    "fast": {"num_iter": 8, "guidance_scale": 2.0, "temperature": 0.4},
     "diverse": {"num_iter": 16, "guidance_scale": 2.0, "temperature": 1.0},
 }
 
