@@ -407,7 +407,7 @@ class FeatureDrafter(ConditionedDrafter):
         cache = states.new_empty(*shape, length + config.max_tokens + slots, head_dim)
         self._state = LlamaGenState(cache, length, self._skipped, None)
         self._lengths = torch.zeros(batch, dtype=torch.int64, device=states.device)
-        self._pending: _Pairs | None = None
+        self._pending: list[_Pairs] = []
         ids = F.pad(tokens, (length - tokens.shape[1], 0))
         self._state.condition_hidden_states = self._read(_Pairs(ids, states, torch.full_like(self._lengths, length)))
 
@@ -427,11 +427,11 @@ class FeatureDrafter(ConditionedDrafter):
                 f"A FeatureDrafter needs the generator's hidden states of all nodes, {expected}, got "
                 f"{None if states is None else tuple(states.shape)}."
             )
-        self._catch_up()
         lengths = verified.decision.lengths
         path = verified.decision.path.clamp_min(0)[:, : int(lengths.max())]
         ids = F.pad(tree.tokens.gather(1, path), (0, 1)).scatter(1, lengths[:, None], verified.decision.bonus[:, None])
-        self._pending = _Pairs(ids, self._rows_of(states, F.pad(path, (1, 0))), lengths + 1)
+        # Read when the next tree is wanted: rounds without one cost nothing here.
+        self._pending.append(_Pairs(ids, self._rows_of(states, F.pad(path, (1, 0))), lengths + 1))
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in that order; the others are finished."""
@@ -440,17 +440,21 @@ class FeatureDrafter(ConditionedDrafter):
         self._state.select_rows(both)
         self._root, self._lengths = self._root[index], self._lengths[index]
         self._features, self._valid = self._features[both], self._valid[both]
-        if self._pending is not None:
-            ids, states, counts = self._pending
-            self._pending = _Pairs(ids[index], states[both], counts[index])
+        self._pending = [_Pairs(ids[index], states[both], counts[index]) for ids, states, counts in self._pending]
         self._batch = len(rows)
 
     @torch.no_grad()
     def _catch_up(self) -> None:
-        """Read what was accepted since the last tree."""
-        if self._pending is not None:
-            self._read(self._pending)
-            self._pending = None
+        """Read what was accepted since the last tree; at once, as far as all rows accepted equally many."""
+        run: list[_Pairs] = []
+        for i, pairs in enumerate(self._pending):
+            run.append(pairs)
+            if i == len(self._pending) - 1 or bool((pairs.counts != pairs.ids.shape[1]).any()):
+                ids, states, counts = zip(*run, strict=True)
+                before = sum(part.shape[1] for part in ids[:-1])
+                self._read(_Pairs(torch.cat(ids, 1), torch.cat(states, 1), before + counts[-1]))
+                run = []
+        self._pending = []
 
     def _read(self, pairs: _Pairs) -> Tensor:
         """Append pairs to the sequences and return the head's predictions, of which the last of each row is kept."""

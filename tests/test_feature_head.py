@@ -312,8 +312,13 @@ def test_cache_equals_recomputation(positions: str, scale: float, layers: int) -
     for settings in ({"total_tokens": 12, "depth": 2, "tree_top_k": 3}, sampling):
         drafter = make_drafter(generator, head, scale, **settings)
         known = list(begin(drafter, condition, make_tokens(), guided)._root[:, None])
-        for depths in ([0, 2, 1], [2, 0, 2], [0, 0, 0], [1, 2, 0]):
-            known = accept(drafter, condition, known, drafter.propose(25), depths, guided)
+        for depths in ([0, 2, 1], [2, 0, 2], None, None, [1, 2, 0], None):
+            if depths is None:  # no tree is wanted, and what the rounds before brought is read later
+                roots = torch.stack([tokens[-1] for tokens in known])
+                tree = DraftTree.chain(roots, torch.empty(3, 0, dtype=torch.int64))
+            else:
+                tree = drafter.propose(25)
+            known = accept(drafter, condition, known, tree, depths or [0, 0, 0], guided)
         tree = drafter.propose(25, [Generator().manual_seed(row) for row in range(3)])
         for row, tokens in enumerate(known):
             lone = {key: value[row : row + 1] for key, value in condition.items()}
