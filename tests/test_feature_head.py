@@ -127,7 +127,8 @@ def assert_same(one: DraftTree, other: DraftTree) -> None:
     assert torch.equal(one.tokens, other.tokens) and torch.equal(one.parents, other.parents)
     assert (one.probs is None) == (other.probs is None)
     if one.probs is not None and other.probs is not None:
-        torch.testing.assert_close(one.probs, other.probs, atol=1e-5, rtol=0)
+        # Sums over other numbers of rows are rounded differently.
+        torch.testing.assert_close(one.probs, other.probs, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
