@@ -123,12 +123,11 @@ def accept(
     return longer
 
 
-def assert_same(one: DraftTree, other: DraftTree) -> None:
+def assert_same(one: DraftTree, other: DraftTree, atol: float = 1e-5) -> None:
     assert torch.equal(one.tokens, other.tokens) and torch.equal(one.parents, other.parents)
     assert (one.probs is None) == (other.probs is None)
     if one.probs is not None and other.probs is not None:
-        # Sums over other numbers of rows are rounded differently.
-        torch.testing.assert_close(one.probs, other.probs, atol=1e-4, rtol=0)
+        torch.testing.assert_close(one.probs, other.probs, atol=atol, rtol=0)
 
 
 @torch.no_grad()
@@ -313,20 +312,16 @@ def test_cache_equals_recomputation(positions: str, scale: float, layers: int) -
     for settings in ({"total_tokens": 12, "depth": 2, "tree_top_k": 3}, sampling):
         drafter = make_drafter(generator, head, scale, **settings)
         known = list(begin(drafter, condition, make_tokens(), guided)._root[:, None])
-        for depths in ([0, 2, 1], [2, 0, 2], None, None, [1, 2, 0], None):
-            if depths is None:  # no tree is wanted, and what the rounds before brought is read later
-                roots = torch.stack([tokens[-1] for tokens in known])
-                tree = DraftTree.chain(roots, torch.empty(3, 0, dtype=torch.int64))
-            else:
-                tree = drafter.propose(25)
-            known = accept(drafter, condition, known, tree, depths or [0, 0, 0], guided)
+        for depths in ([0, 2, 1], [2, 0, 2], [0, 0, 0], [1, 2, 0]):
+            known = accept(drafter, condition, known, drafter.propose(25), depths, guided)
         tree = drafter.propose(25, [Generator().manual_seed(row) for row in range(3)])
         for row, tokens in enumerate(known):
             lone = {key: value[row : row + 1] for key, value in condition.items()}
             fresh = begin(make_drafter(generator, head, scale, **settings), lone, tokens[None], guided)
             expected = fresh.propose(25, [Generator().manual_seed(row)])
             probs = None if tree.probs is None else tree.probs[row : row + 1]
-            assert_same(DraftTree(tree.tokens[row : row + 1], tree.parents[row : row + 1], probs), expected)
+            # float32, rounded differently from run to run: 1.5e-5 was seen.
+            assert_same(DraftTree(tree.tokens[row : row + 1], tree.parents[row : row + 1], probs), expected, atol=3e-5)
 
 
 def test_rows_that_end() -> None:
@@ -358,6 +353,23 @@ def test_rounds_without_a_proposal_are_read_too() -> None:
         known = accept(drafter, condition, known, root, [0, 0, 0], False)
     fresh = begin(make_drafter(generator, head), condition, torch.stack(known))
     assert_same(drafter.propose(20), fresh.propose(20))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_rounds_of_other_lengths_are_read_when_a_tree_is_wanted(scale: float) -> None:
+    generator, condition, guided = make_generator(), make_condition(), scale != 1.0
+    head = make_head(generator)
+    drafter = begin(make_drafter(generator, head, scale), condition, make_tokens(), guided)
+    known = list(make_tokens())
+    for depths in ([2, 0, 2], None, None, [1, 2, 0], None):
+        roots = DraftTree.chain(torch.stack([tokens[-1] for tokens in known]), torch.empty(3, 0, dtype=torch.int64))
+        tree = roots if depths is None else drafter.propose(25)
+        known = accept(drafter, condition, known, tree, depths or [0, 0, 0], guided)
+    tree = drafter.propose(25)
+    for row, tokens in enumerate(known):
+        lone = {key: value[row : row + 1] for key, value in condition.items()}
+        fresh = begin(make_drafter(generator, head, scale), lone, tokens[None], guided)
+        assert_same(DraftTree(tree.tokens[row : row + 1], tree.parents[row : row + 1]), fresh.propose(25))
 
 
 def test_end_of_the_image() -> None:

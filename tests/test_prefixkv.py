@@ -24,7 +24,7 @@ from transformers import (
     StaticCache,
 )
 
-from mmsdk.caching import CACHE, cache_of
+from mmsdk.caching import CACHE, OLD_NAME, cache_of
 from pruning.prefixkv import (
     PrefixKV,
     PrefixKVCache,
@@ -453,7 +453,9 @@ def test_refused_use() -> None:
     with method(model):
         with pytest.raises(ValueError, match="got a StaticCache"):
             generate(model, inputs, **{CACHE: StaticCache(config=model.config, max_cache_len=64)})
-        with pytest.raises(ValueError, match="cannot take tokens back|can be cropped"):
+        # From the version with the new name on, transformers asks caches itself whether they can.
+        refusal = "cannot take tokens back" if CACHE == OLD_NAME else "requires a cache that can be cropped"
+        with pytest.raises(ValueError, match=refusal):
             generate(model, prompt((24,)), prompt_lookup_num_tokens=2)
         # A model that failed is none the worse for it.
         assert generate(model, inputs).sequences.shape == (2, 24 + NEW_TOKENS)

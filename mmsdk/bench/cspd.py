@@ -108,7 +108,7 @@ def cspd(
             "top-1",
             "top-5",
             "FD",
-        ],  # fmt: skip
+        ],
         table,
         [
             prompts.note,

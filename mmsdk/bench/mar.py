@@ -195,7 +195,7 @@ def mar(
             "difference",
             "forwards",
             "head rows",
-        ],  # fmt: skip
+        ],
         rows=rows,
         notes=[
             f"{'Preset ' + preset if preset else 'Short size'}, random weights: {num_iter} iterations, "
